@@ -1,0 +1,43 @@
+"""Known answers: what the eager model said at export, kept in the bundle for ``gptedge verify``."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from gptedge_models import GPTModel
+
+from .verify import ATOL, RTOL
+
+SLACK = 4
+"""Other processors add in other orders: a bundle that travelled may differ by this many times the bound of the export."""
+
+
+def known_answers(model: GPTModel) -> dict[str, Any]:
+    """Prompts of three lengths with greedy ids and, for the prompt's last position, a sample of the logits."""
+    context, vocab_size = model.config.context_length, model.config.vocab_size
+    random = np.random.default_rng(1)
+    sizes = sorted({1, min(8, context), min(32, context)})
+    prompts = [_answer(model, random.integers(vocab_size, size=size).tolist()) for size in sizes]
+    largest = max(abs(logit) for prompt in prompts for logit in prompt["logits"])
+    return {"atol": SLACK * max(ATOL, RTOL * largest), "prompts": prompts}
+
+
+@torch.no_grad()
+def _answer(model: GPTModel, prompt: list[int], max_new_tokens: int = 8) -> dict[str, Any]:
+    """The book's loop, ended before the first choice that is too close to call on another machine."""
+    ids, first = list(prompt), None
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([ids[-model.config.context_length :]]))[0, -1]  # (V,)
+        first = logits if first is None else first
+        best = torch.topk(logits, min(2, len(logits)))
+        if len(logits) > 1 and float(best.values[0] - best.values[1]) <= 2 * SLACK * max(ATOL, RTOL * float(logits.abs().max())):
+            break
+        ids.append(int(best.indices[0]))
+    assert first is not None
+    sample = np.unique(np.linspace(0, len(first) - 1, 16).astype(int)).tolist() + [int(first.argmax())]
+    return {
+        "token_ids": prompt,
+        "new_token_ids": ids[len(prompt) :],
+        "logit_ids": sample,
+        "logits": [float(first[i]) for i in sample],
+    }

@@ -1,0 +1,104 @@
+"""Put a finished folder in place in one step, so that a kill at any moment leaves the old folder or the new one."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import ExportError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its place when the block ends without an error.
+
+    An existing ``target`` is replaced only if ``replace`` is true and it holds a ``manifest.json`` or nothing. What
+    killed exports left behind is removed first. Raises :class:`ExportError` where ``target`` cannot be written.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link that is to be replaced
+    _check(target, replace)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        work.chmod(0o755)
+    except OSError as error:
+        raise ExportError(f"{target.parent}: cannot write there ({error.strerror}): choose another -o") from None
+    with _lock(work):
+        try:
+            yield work
+            for path in [*work.rglob("*"), work]:
+                _sync(path)
+            _check(target, replace)
+            _swap(work, target)
+            _sync(target.parent)
+        except OSError as error:
+            raise ExportError(f"{target}: cannot write the bundle ({error.strerror or error})") from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _check(target: Path, replace: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ExportError(f"{target} exists and is no folder: choose another -o")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / "manifest.json").is_file():
+        raise ExportError(f"{target} exists and is no bundle: choose another -o")
+    if not replace:
+        raise ExportError(f"{target} exists: use --force to replace it, or choose another -o")
+
+
+def _swap(work: Path, target: Path) -> None:
+    """Exchange the two names in one system call where the system has one; elsewhere there is a gap between two renames."""
+    if not target.exists():
+        work.rename(target)
+        return
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(work), os.fsencode(target)
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+    old = work.with_name(work.name + "-old")
+    target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """A folder whose lock can be had belongs to an export that is no longer alive."""
+    for leftover in target.parent.glob(f".{target.name}.tmp-*"):
+        with contextlib.suppress(OSError), _lock(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go of it however the process ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,174 @@
+"""Write a bundle: graphs, weights, tokenizer, companions, proof, and last the manifest that names every file."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from gptedge_models import GPTModel
+from tqdm import tqdm
+
+from . import weights
+from .answers import known_answers
+from .atomic import atomic_folder
+from .companions import companions
+from .errors import ExportError
+from .graphs import GRAPHS, trace
+from .verify import Check, verify
+from .vocabulary import Vocabulary
+
+DEFAULT_OPSET = 20
+"""The lowest opset with Gelu as one operator; ONNX Runtime reads it since 1.17 (docs/performance.md)."""
+
+OPSETS = range(18, 24)
+"""18 brings LayerNormalization; above 23 the exporter writes what ONNX Runtime 1.23 does not read."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export proved: the comparisons, and the bundle's size."""
+
+    path: Path
+    precision: str
+    checks: list[Check]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the finished bundle."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    @property
+    def worst(self) -> Check:
+        """The comparison nearest to its bound."""
+        return max(self.checks, key=lambda check: check.max_abs_diff / check.bound)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of positions, over all comparisons, at which graph and model choose the same token."""
+        total = sum(check.batch_size * check.length for check in self.checks)
+        return sum(check.top1_agreement * check.batch_size * check.length for check in self.checks) / total
+
+
+def export_bundle(
+    model: GPTModel,
+    out: Path | str,
+    *,
+    vocabulary: Vocabulary,
+    opset: int = DEFAULT_OPSET,
+    force: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Export ``model`` as the bundle ``out``, verified against the model, and put it in place in one step.
+
+    The same model, vocabulary and versions give the same bytes. Raises :class:`ExportError` where the arguments do not
+    fit or ``out`` cannot be written, and ``ParityError``, with ``out`` untouched, where a graph does not agree.
+    """
+    out = Path(out)
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported: choose from {OPSETS.start} to {OPSETS.stop - 1}")
+    if vocabulary.size > model.config.vocab_size:
+        raise ExportError(
+            f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "
+            f"give the tokenizer of this model with --tokenizer"
+        )
+    model.eval()
+    with atomic_folder(out, replace=force) as folder:
+        graphs = _write_graphs(model, folder, opset, progress)
+        report = Report(out, "fp32", verify(model, folder, progress=progress))
+        _write_files(model, folder, vocabulary, report)
+        _write_manifest(model, folder, vocabulary, graphs, opset)
+    return report
+
+
+def _write_graphs(model: GPTModel, folder: Path, opset: int, progress: bool) -> dict[str, ir.Model]:
+    (folder / "onnx").mkdir()
+    names = tqdm(GRAPHS, desc="export", unit=" graphs", disable=not progress, leave=False)
+    graphs = {name: trace(model, name, opset) for name in names}
+    weights.save(graphs, folder / "onnx")
+    return graphs
+
+
+def _write_files(model: GPTModel, folder: Path, vocabulary: Vocabulary, report: Report) -> None:
+    (folder / "tokenizer.tiktoken").write_bytes(vocabulary.to_tiktoken())
+    documents = companions(model.config, vocabulary)
+    documents["known_answers.json"] = known_answers(model)
+    documents["export_report.json"] = {
+        "precision": report.precision,
+        "versions": {name: version(name) for name in ("gptedge", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")},
+        "size_bytes": {path.name: path.stat().st_size for path in sorted((folder / "onnx").iterdir())},
+        "worst": report.worst.to_dict(),
+        "top1_agreement": report.top1_agreement,
+        "checks": [check.to_dict() for check in report.checks],
+    }
+    for name, document in documents.items():
+        _write_json(folder / name, document)
+    (folder / "README.md").write_text(_card(model, report), "utf-8")
+
+
+def _write_manifest(
+    model: GPTModel, folder: Path, vocabulary: Vocabulary, graphs: dict[str, ir.Model], opset: int
+) -> None:
+    config = model.config.to_dict()
+    del config["drop_rate"]  # a matter of training
+    document = {
+        "format_version": 1,
+        "gptedge_version": version("gptedge"),
+        "model": config,
+        "precision": "fp32",
+        "opset": opset,
+        "graphs": {
+            name: {
+                "path": f"onnx/{name}.onnx",
+                "inputs": [_signature(value) for value in graph.graph.inputs],
+                "outputs": [_signature(value) for value in graph.graph.outputs],
+            }
+            for name, graph in graphs.items()
+        },
+        "tokenizer": {
+            "path": "tokenizer.tiktoken",
+            "pattern": vocabulary.pattern,
+            "special_tokens": dict(vocabulary.special_tokens),
+            "eos_token_id": vocabulary.eos_token_id,
+        },
+        "known_answers": {"path": "known_answers.json"},
+        "files": [_entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()],
+    }
+    _write_json(folder / "manifest.json", document)
+
+
+def _signature(value: ir.Value) -> dict[str, Any]:
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+    return {"name": value.name, "dtype": str(value.dtype.numpy()), "shape": shape}
+
+
+def _entry(path: Path, folder: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": digest}
+
+
+def _write_json(path: Path, document: Any) -> None:
+    indent = None if path.name == "tokenizer.json" else 2  # 50,000 merges, a line each, would double it
+    text = json.dumps(document, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", "utf-8")
+
+
+def _card(model: GPTModel, report: Report) -> str:
+    config, worst = model.config, report.worst
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"""# GPT, {parameters:,} parameters, {report.precision}
+
+{config.n_layers} layers, {config.n_heads} heads, width {config.emb_dim}, context {config.context_length} tokens, \
+vocabulary {config.vocab_size}.
+
+    gptedge generate . "Hello, I am"
+
+Held against the PyTorch model in {len(report.checks)} comparisons at export: the logits differ by at most \
+{worst.max_abs_diff:.2g} at the worst place (bound {worst.bound:.2g}); all are in `export_report.json`. `gptedge verify .`
+checks every file and the stored answers again.
+"""

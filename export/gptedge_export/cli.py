@@ -1,0 +1,117 @@
+"""The command ``export-onnx``."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
+from gptedge_models import demo as demo_model
+from gptedge_runtime.errors import GptEdgeError, one_line
+
+from .bundle import DEFAULT_OPSET, Report, export_bundle
+from .errors import ExportError
+from .vocabulary import Vocabulary, load_vocabulary
+
+EPILOG = """\b
+Examples:
+  export-onnx demo -o build/demo
+  export-onnx random --config gpt2-small --seed 123 -o build/random
+  export-onnx model.pth --config gpt2-small --tokenizer gpt2 -o build/mine
+  export-onnx gpt2 -o build/gpt2
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--config", metavar="NAME|FILE", help=f"Sizes: {', '.join(CONFIGS)}, or the book's dict as JSON.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=123, show_default=True, help="For SOURCE random.")
+@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
+@click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
+@click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no report and no progress.")
+def command(
+    source: str,
+    output: Path,
+    config: str | None,
+    seed: int,
+    precision: str,
+    opset: int,
+    tokenizer: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Export a GPT to an ONNX bundle and prove that it computes what the model computes.
+
+    SOURCE is demo, random (with --config), gpt2 / gpt2-medium / gpt2-large / gpt2-xl or another hub id, or a path to a
+    checkpoint.
+    """
+    started = time.perf_counter()
+    model = load_checkpoint(source, config=config, seed=seed)
+    vocabulary = load_vocabulary(tokenizer or default_tokenizer(source, model))
+    progress = sys.stderr.isatty() and not quiet
+    report = export_bundle(model, output, vocabulary=vocabulary, opset=opset, force=force, progress=progress)
+    if as_json:
+        click.echo(json.dumps(_summary(report, time.perf_counter() - started)))
+    elif not quiet:
+        click.echo(_text(report, time.perf_counter() - started))
+
+
+def default_tokenizer(source: str, model: GPTModel) -> str:
+    """The vocabulary that comes with the source, else GPT-2's where the model has its size."""
+    if source == "demo":
+        return str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken")
+    if Path(source).is_dir():
+        return source
+    if model.config.vocab_size == CONFIGS["gpt2-small"].vocab_size:
+        return "gpt2"
+    raise ExportError(f"no tokenizer is known for a vocabulary of {model.config.vocab_size:,}: give one with --tokenizer")
+
+
+def _summary(report: Report, seconds: float) -> dict[str, object]:
+    return {
+        "bundle": str(report.path),
+        "precision": report.precision,
+        "checks": len(report.checks),
+        "worst": report.worst.to_dict(),
+        "top1_agreement": report.top1_agreement,
+        "size_bytes": report.size_bytes,
+        "export_s": round(seconds, 1),
+    }
+
+
+def _text(report: Report, seconds: float) -> str:
+    worst = report.worst
+    return (
+        f"{report.path}: {report.precision}, {report.size_bytes / 1e6:,.1f} MB, {seconds:.0f} s\n"
+        f"parity: {len(report.checks)} comparisons with the model passed; worst max|d logits| {worst.max_abs_diff:.2g} "
+        f"(bound {worst.bound:.2g}) in {worst.graph}.onnx, {worst.case}, length {worst.length}\n"
+        f"top-1 agreement: {report.top1_agreement:.2%}"
+    )
+
+
+def main() -> NoReturn:
+    """Run the command: exit code 0, 2 for the user's mistakes, 3 for failed parity, 130 when interrupted."""
+    try:
+        command.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Abort:
+        code = _fail("interrupted", 130)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    except GptEdgeError as error:
+        code = _fail(str(error), error.exit_code)
+    except CheckpointError as error:
+        code = _fail(str(error), 2)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {one_line(message)}", err=True)
+    return code

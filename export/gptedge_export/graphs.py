@@ -1,0 +1,277 @@
+"""The ONNX graphs of a GPT, each a small PyTorch module around the same weights, exported by ``torch.onnx.export``.
+
+Linear layers see two axes, (B*T, D): they become ``Gemm`` with ``transB=1``, so that weights keep PyTorch's layout and a
+weight that two layers share is stored once. In the shapes below B is the batch, S the new tokens, P the cached ones, D the
+width ``emb_dim`` and V the vocabulary size.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F  # noqa: N812
+from gptedge_models.gpt import GPTConfig, GPTModel
+from torch import Tensor, nn
+
+Attend = Callable[[int, Tensor], Tensor]
+"""Layer number and packed query, key, value (B*S, 3D) -> context (B*S, D)."""
+
+
+class Norm(nn.Module):
+    """The book's LayerNorm as one operator."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.scale, norm.shift, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+def pack(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """Join linear layers of one input into one whose outputs stand side by side."""
+    with torch.device("meta"):
+        packed = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), layers[0].bias is not None)
+    packed.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
+    if packed.bias is not None:
+        packed.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    return packed
+
+
+class Block(nn.Module):
+    """The book's TransformerBlock over (B*S, D), with its attention handed in."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        att = block.att
+        self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
+        self.qkv = pack([att.W_query, att.W_key, att.W_value])
+        self.out_proj = att.out_proj
+        self.up, self.down = block.ff.layers[0], block.ff.layers[2]
+
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
+        x = x + self.out_proj(attend(layer, self.qkv(self.norm1(x))))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class Stack(nn.Module):
+    """Everything of a GPT but the attention; it holds the model's own tensors, and no dropout."""
+
+    def __init__(self, model: GPTModel) -> None:
+        super().__init__()
+        self.config = model.config
+        self.tok_emb, self.pos_emb = model.tok_emb, model.pos_emb
+        self.blocks = nn.ModuleList(Block(block) for block in model.trf_blocks)
+        self.final_norm = Norm(model.final_norm)
+        self.out_head = model.out_head
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """Token ids (B, S) and positions (B, S) or (S,) -> (B*S, D), before the final norm."""
+        x = self.tok_emb(input_ids) + self.pos_emb(position_ids)  # (B, S, D)
+        x = x.flatten(0, 1)  # (B*S, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, attend)
+        return x
+
+    def logits(self, x: Tensor, batch_size: int) -> Tensor:
+        """(B*S, D) -> (B, S, V)."""
+        return self.out_head(self.final_norm(x)).unflatten(0, (batch_size, -1))
+
+
+def heads(x: Tensor, config: GPTConfig, batch_size: int) -> Tensor:
+    """(B*S, D) -> (B, n_heads, S, head_dim)."""
+    return x.view(batch_size, -1, config.n_heads, config.head_dim).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Scaled dot-product attention, (B, n_heads, S, head_dim) over (B, n_heads, P+S, head_dim) -> (B*S, D)."""
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + bias  # (B, n_heads, S, P+S)
+    context = torch.softmax(scores, dim=-1) @ v  # (B, n_heads, S, head_dim)
+    return context.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def additive(allowed: Tensor) -> Tensor:
+    """0 where attention is allowed, else the least float32: a row with nothing allowed (padding) stays finite."""
+    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+
+
+class Forward(Stack):
+    """``forward.onnx``: the book's forward, ids (B, S) -> logits (B, S, V)."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        batch_size, length = input_ids.shape
+        positions = torch.arange(length)
+        bias = additive(positions[:, None] >= positions)  # (S, S)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, k, v = (heads(x, self.config, batch_size) for x in qkv.chunk(3, dim=-1))
+            return attention(q, k, v, bias)
+
+        return self.logits(self.hidden(input_ids, positions, attend), batch_size)
+
+
+class Cached(Stack):
+    """``model.onnx``: standard operators, the cache grows by concatenation, padding on the left is masked."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        batch_size, length = input_ids.shape
+        past_length = past[0][0].shape[2]
+        keys = torch.arange(past_length + length)
+        causal = keys <= torch.arange(length)[:, None] + past_length  # (S, P+S)
+        bias = additive(causal & attention_mask.bool()[:, None, None, :])  # (B, 1, S, P+S)
+        present: list[tuple[Tensor, Tensor]] = []
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, k, v = (heads(x, self.config, batch_size) for x in qkv.chunk(3, dim=-1))
+            k, v = torch.cat((past[layer][0], k), dim=2), torch.cat((past[layer][1], v), dim=2)
+            present.append((k, v))
+            return attention(q, k, v, bias)
+
+        return self.logits(self.hidden(input_ids, position_ids, attend), batch_size), present
+
+
+class Decode(Stack):
+    """``decode.onnx``: the runtime's graph, one ``com.microsoft::GroupQueryAttention`` a layer on buffers in place."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        logit_positions: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        batch_size, length = input_ids.shape
+        present: list[tuple[Tensor, Tensor]] = []
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            qkv = qkv.unflatten(0, (batch_size, length))  # (B, S, 3D)
+            k, v = past[layer]
+            context, k, v = torch.onnx.ops.symbolic_multi_out(
+                "com.microsoft::GroupQueryAttention",
+                [qkv, None, None, k, v, seqlens_k, total_sequence_length],
+                {"num_heads": self.config.n_heads, "kv_num_heads": self.config.n_heads, "do_rotary": 0},
+                dtypes=[qkv.dtype, k.dtype, v.dtype],
+                shapes=[(batch_size, length, self.config.emb_dim), k.shape, v.shape],
+                version=1,
+            )
+            present.append((k, v))
+            return context.flatten(0, 1)
+
+        x = self.hidden(input_ids, position_ids, attend)
+        rows = torch.arange(batch_size)[:, None] * length + logit_positions  # (B, logit_count)
+        return self.logits(x[rows.flatten()], batch_size), present
+
+
+GRAPHS: dict[str, type[Stack]] = {"decode": Decode, "forward": Forward, "model": Cached}
+
+
+def cache_names(prefix: str, config: GPTConfig) -> list[str]:
+    """``prefix.0.key``, ``prefix.0.value``, ``prefix.1.key``, ..."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(config.n_layers) for part in ("key", "value")]
+
+
+def _sample(name: str, config: GPTConfig) -> dict[str, tuple[Tensor, dict[int, str]]]:
+    """Example inputs and the names of their varying axes.
+
+    Batch and sequence are at least 2, since the exporter takes an axis of length 1 for a fixed one; each tensor is an
+    object of its own, since it takes one object given twice for one input.
+    """
+    batch, new, past = 2, min(3, config.context_length), 5
+
+    def ids(axis: str, length: int = new) -> tuple[Tensor, dict[int, str]]:
+        return torch.zeros(batch, length, dtype=torch.int64), {0: "batch_size", 1: axis}
+
+    if name == "forward":
+        return {"input_ids": ids("sequence_length")}
+    if name == "model":
+        return {
+            "input_ids": ids("sequence_length"),
+            "attention_mask": ids("total_sequence_length", past + new),
+            "position_ids": ids("sequence_length"),
+        }
+    return {
+        "input_ids": ids("sequence_length"),
+        "position_ids": ids("sequence_length"),
+        "seqlens_k": (torch.zeros(batch, dtype=torch.int32), {0: "batch_size"}),
+        "total_sequence_length": (torch.tensor(past + new, dtype=torch.int32), {}),
+        "logit_positions": ids("logit_count", 2),
+    }
+
+
+def trace(model: GPTModel, name: str, opset: int) -> ir.Model:
+    """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``.
+
+    The graph carries no stack trace, no path and no shape of an intermediate value.
+    """
+    config = model.config
+    sample = _sample(name, config)
+    args: list[Any] = [tensor for tensor, _ in sample.values()]
+    axes: list[Any] = [names for _, names in sample.values()]
+    inputs, outputs = list(sample), ["logits"]
+    if name != "forward":
+        past_axis = "past_sequence_length" if name == "model" else "max_sequence_length"
+        args.append([(_cache(config), _cache(config)) for _ in range(config.n_layers)])
+        axes.append([({0: "batch_size", 2: past_axis},) * 2] * config.n_layers)
+        inputs += cache_names("past_key_values", config)
+        outputs += cache_names("present", config)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            GRAPHS[name](model).eval(),
+            tuple(args),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=tuple(axes),
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
+    assert program is not None
+    _strip(program.model)
+    return program.model
+
+
+def _cache(config: GPTConfig) -> Tensor:
+    return torch.zeros(2, config.n_heads, 5, config.head_dim)
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove what describes the machine and not the model, and give the outputs their documented axis names."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        grown = ["total_sequence_length" if "+" in str(dim) else dim for dim in value.shape]
+        value.shape = ir.Shape(grown)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines, and its notes on operators we do not use, off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

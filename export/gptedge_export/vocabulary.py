@@ -1,0 +1,232 @@
+"""Byte-level BPE vocabularies: read from where people keep them, written in the two forms that a bundle carries."""
+
+import base64
+import binascii
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from .errors import ExportError
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+"""How GPT-2 splits text before merging, as tiktoken writes it."""
+
+END_OF_TEXT = "<|endoftext|>"
+DOWNLOAD_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """``ranks[i]`` holds the bytes of token id i; ``special_tokens`` have the ids after those."""
+
+    ranks: list[bytes]
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    pattern: str = GPT2_PATTERN
+
+    @property
+    def size(self) -> int:
+        """One more than the largest token id."""
+        return max([len(self.ranks) - 1, *self.special_tokens.values()]) + 1
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of ``<|endoftext|>``, where there is one."""
+        return self.special_tokens.get(END_OF_TEXT)
+
+    def to_tiktoken(self) -> bytes:
+        """One ``base64 rank`` a line."""
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(self.ranks))
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The same vocabulary as a ``tokenizer.json`` of the ``tokenizers`` library."""
+        letters = _byte_letters()
+        names = ["".join(letters[byte] for byte in token) for token in self.ranks]
+        index = {token: rank for rank, token in enumerate(self.ranks)}
+        pairs = (_merged_from(token, index) for token in self.ranks if len(token) > 1)
+        merges = [[names[index[left]], names[index[right]]] for left, right in pairs]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        split: dict[str, Any] = byte_level
+        if self.pattern != GPT2_PATTERN:
+            regex = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+            split = {"type": "Sequence", "pretokenizers": [regex, {**byte_level, "use_regex": False}]}
+        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": text, **special} for text, i in self.special_tokens.items()],
+            "normalizer": None,
+            "pre_tokenizer": split,
+            "post_processor": byte_level,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": "",
+                "end_of_word_suffix": "",
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": {name: rank for rank, name in enumerate(names)} | dict(self.special_tokens),
+                "merges": merges,
+            },
+        }
+
+
+def load_vocabulary(source: str) -> Vocabulary:
+    """Read a vocabulary by name or from a file.
+
+    ``source`` is ``bytes`` (one token a byte), a name that tiktoken knows (``gpt2``; downloaded once), a ``.tiktoken``
+    ranks file, a ``tokenizer.json``, or a folder that holds one, ``tokenizer.tiktoken``, or ``vocab.json`` and
+    ``merges.txt``. A ranks file carries no special tokens: ``<|endoftext|>`` is given the next id.
+    Raises :class:`ExportError` where it cannot be read or is not a byte-level BPE vocabulary.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_json(path) if path.suffix == ".json" else _from_ranks(path)
+    if source == "bytes":
+        return _with_end([bytes([byte]) for byte in range(256)])
+    if source in tiktoken.list_encoding_names():
+        return _from_tiktoken(source)
+    raise ExportError(
+        f"no tokenizer {source!r}: give a .tiktoken file, a tokenizer.json, a folder that holds one, 'bytes', or a name "
+        f"that tiktoken knows, such as 'gpt2'"
+    )
+
+
+def _from_folder(path: Path) -> Vocabulary:
+    if (path / "tokenizer.tiktoken").is_file():
+        return _from_ranks(path / "tokenizer.tiktoken")
+    if (path / "tokenizer.json").is_file():
+        return _from_json(path / "tokenizer.json")
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        lines = _text(path / "merges.txt").splitlines()
+        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        return _from_bpe(path, _json(path / "vocab.json"), merges)
+    raise ExportError(f"{path}: no tokenizer.json, tokenizer.tiktoken or vocab.json with merges.txt: use --tokenizer")
+
+
+def _from_ranks(path: Path) -> Vocabulary:
+    ranks: list[bytes] = []
+    for number, line in enumerate(_text(path).splitlines()):
+        try:
+            token, rank = line.split()
+            ranks.append(base64.b64decode(token, validate=True))
+            if int(rank) != number:
+                raise ValueError
+        except (ValueError, binascii.Error):
+            raise ExportError(f"{path}: line {number + 1} is not a token in base64 and rank {number}") from None
+    return _with_end(_checked(ranks, path))
+
+
+def _from_json(path: Path) -> Vocabulary:
+    document = _json(path)
+    model = document.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ExportError(f"{path}: not a BPE tokenizer.json: use --tokenizer with a .tiktoken file")
+    splits = json.dumps(document.get("pre_tokenizer"))
+    if '"ByteLevel"' not in splits or '"Split"' in splits or '"use_regex": false' in splits:
+        raise ExportError(f"{path}: does not split text as GPT-2 does: use --tokenizer with a .tiktoken file")
+    merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model["merges"]]
+    vocabulary = dict(model["vocab"])
+    for added in document.get("added_tokens", []):
+        vocabulary.setdefault(added["content"], added["id"])
+    return _from_bpe(path, vocabulary, merges)
+
+
+def _from_bpe(path: Path, vocabulary: Mapping[str, int], merges: list[list[str]]) -> Vocabulary:
+    """Turn GPT-2's letters for bytes into bytes; tokens that no merge makes are the special ones."""
+    byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    order = sorted(byte_of, key=lambda letter: vocabulary.get(letter, -1)) + ["".join(pair) for pair in merges]
+    try:
+        ranks = [bytes(byte_of[letter] for letter in name) for name in order]
+        if [vocabulary[name] for name in order] != list(range(len(order))):
+            raise ExportError(f"{path}: token ids do not follow the order of merges: use --tokenizer")
+    except KeyError as error:
+        raise ExportError(f"{path}: token {error.args[0]!r} is not byte-level BPE: use --tokenizer") from None
+    known = set(order)
+    special = {name: rank for name, rank in vocabulary.items() if name not in known}
+    return Vocabulary(_checked(ranks, path), special)
+
+
+def _from_tiktoken(name: str) -> Vocabulary:
+    """Through tiktoken's own cache; its download has no time limit of its own."""
+    found: list[tiktoken.Encoding] = []
+    failed: list[Exception] = []
+
+    def fetch() -> None:
+        try:
+            found.append(tiktoken.get_encoding(name))
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if not found:
+        cause = type(failed[0]).__name__ if failed else f"no answer in {DOWNLOAD_SECONDS} s"
+        raise ExportError(
+            f"tokenizer {name!r} is not in tiktoken's cache and could not be downloaded ({cause}): "
+            f"give --tokenizer FILE, a .tiktoken file or a tokenizer.json"
+        )
+    encoding = found[0]
+    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
+    return Vocabulary(ranks, dict(encoding._special_tokens), encoding._pat_str)
+
+
+def _with_end(ranks: list[bytes]) -> Vocabulary:
+    return Vocabulary(ranks, {END_OF_TEXT: len(ranks)})
+
+
+def _checked(ranks: list[bytes], path: Path) -> list[bytes]:
+    if len(set(ranks)) != len(ranks):
+        raise ExportError(f"{path}: a token occurs twice")
+    if missing := {bytes([byte]) for byte in range(256)} - set(ranks):
+        raise ExportError(f"{path}: {len(missing)} of the 256 single bytes are no tokens, {min(missing)!r} among them")
+    return ranks
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path}: cannot be read as text ({type(error).__name__})") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        raise ExportError(f"{path}: not JSON") from None
+    if not isinstance(document, dict):
+        raise ExportError(f"{path}: not a JSON object")
+    return document
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter by which GPT-2 (Radford et al., 2019) writes each byte in its vocabulary files."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _merged_from(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that the last merge joined: merge its bytes by the ranks below its own."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    limit = ranks[token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        best = min(pairs)
+        if best == limit:
+            raise ExportError(f"token {token!r} cannot be made by merging tokens of lower rank")
+        at = pairs.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
