@@ -1,0 +1,28 @@
+"""Run a bundle that export-onnx wrote, without PyTorch. This is the public API."""
+
+import os
+
+from .errors import (
+    BundleError,
+    BundleNotFoundError,
+    GptEdgeError,
+    InputError,
+    ProviderError,
+    VerificationError,
+)
+from .generate import Sampling
+from .gpt import GPT, load
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it when it is imported, which `load` does
+
+__all__ = [
+    "GPT",
+    "BundleError",
+    "BundleNotFoundError",
+    "GptEdgeError",
+    "InputError",
+    "ProviderError",
+    "Sampling",
+    "VerificationError",
+    "load",
+]

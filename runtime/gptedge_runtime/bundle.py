@@ -1,0 +1,311 @@
+"""Open a bundle: read its manifest strictly and check every file against it (format: docs/bundle.md)."""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import BundleError, BundleNotFoundError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_MAX_BYTES = 1 << 20
+_PATH = re.compile(r"[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the model; ``qkv_bias`` tells whether the query, key and value projections have one."""
+
+    vocab_size: int
+    context_length: int
+    emb_dim: int
+    n_heads: int
+    n_layers: int
+    qkv_bias: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.emb_dim // self.n_heads
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; a dimension is a number, or the name of one that varies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file with its inputs and outputs."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The file of BPE ranks and what belongs to it."""
+
+    path: str
+    pattern: str
+    special_tokens: Mapping[str, int]
+    eos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size and hash that a file must have."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files had the manifest's sizes and hashes when it was opened."""
+
+    folder: Path
+    gptedge_version: str
+    model: ModelConfig
+    precision: str
+    opset: int
+    graphs: Mapping[str, GraphSpec]
+    tokenizer: TokenizerSpec
+    known_answers: str
+    files: Mapping[str, FileSpec]
+
+    def read(self, path: str) -> bytes:
+        """Return a file's bytes after checking these very bytes, so that no later change of the file counts."""
+        data = _read(self.folder / path)
+        if hashlib.sha256(data).hexdigest() != self.files[path].sha256:
+            raise _changed(path)
+        return data
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Read the manifest and check the size and SHA-256 of every file in the folder.
+
+    Raises :class:`BundleNotFoundError` where there is no bundle, :class:`BundleError` where a file is missing, changed,
+    linked or not listed, or where the manifest breaks a rule of its format.
+    """
+    folder = Path(path).resolve()
+    if not (folder / MANIFEST).exists():
+        raise BundleNotFoundError(f"no bundle at {path} (it has no {MANIFEST}): write one with export-onnx")
+    try:
+        bundle = _parse_manifest(folder, _read_manifest(folder / MANIFEST))
+        _check_files(bundle)
+    except OSError as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"cannot read {error.filename} ({error.strerror}): check its permissions") from error
+    return bundle
+
+
+def parse_json(data: bytes, name: str) -> "JsonObject":
+    """Read a JSON object; refuses duplicate keys, NaN and Infinity, other encodings than UTF-8."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{name} is not JSON as export-onnx writes it ({error}): export it again") from error
+    return JsonObject(value, name)
+
+
+class JsonObject:
+    """A JSON object whose values are taken by key, type and range; a wrong one raises :class:`BundleError`."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        self._where = where
+        if not isinstance(value, dict):
+            self._refuse("", value, "an object")
+        self._values: dict[str, Any] = value
+
+    @property
+    def names(self) -> list[str]:
+        """All keys."""
+        return list(self._values)
+
+    def text(self, key: str) -> str:
+        """Take a string."""
+        value = self._values.get(key)
+        return value if isinstance(value, str) else self._refuse(key, value, "a string")
+
+    def whole(self, key: str, *, low: int = 1, high: int = 2**31 - 1) -> int:
+        """Take a whole number from ``low`` to ``high``."""
+        value = self._values.get(key)
+        if type(value) is int and low <= value <= high:
+            return value
+        return self._refuse(key, value, f"a whole number from {low} to {high}")
+
+    def number(self, key: str) -> float:
+        """Take a number."""
+        value = self._values.get(key)
+        return value if isinstance(value, float) else self._refuse(key, value, "a number with a point")
+
+    def flag(self, key: str) -> bool:
+        """Take true or false."""
+        value = self._values.get(key)
+        return value if isinstance(value, bool) else self._refuse(key, value, "true or false")
+
+    def path(self, key: str) -> str:
+        """Take a relative path that stays inside the bundle."""
+        value = self._values.get(key)
+        if isinstance(value, str) and _PATH.fullmatch(value) and not {".", ".."} & set(value.split("/")):
+            return value
+        return self._refuse(key, value, "a relative path inside the bundle")
+
+    def child(self, key: str) -> "JsonObject":
+        """Take an object."""
+        return JsonObject(self._values.get(key), f"{self._where}: {key}")
+
+    def children(self, key: str) -> list["JsonObject"]:
+        """Take an array of objects."""
+        return [JsonObject(value, f"{self._where}: {key}[{i}]") for i, value in enumerate(self.array(key))]
+
+    def array(self, key: str) -> list[Any]:
+        """Take an array, of anything."""
+        value = self._values.get(key)
+        return value if isinstance(value, list) else self._refuse(key, value, "an array")
+
+    def is_null(self, key: str) -> bool:
+        """Tell whether the key is there and its value is null."""
+        return key in self._values and self._values[key] is None
+
+    def _refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
+        shown = "missing" if value is None else json.dumps(value)[:40]
+        raise BundleError(f"{self._where}: {key or 'value'} is {shown}, not {wanted}: export the bundle again")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}")
+
+
+def _changed(path: str) -> BundleError:
+    return BundleError(f"{path} is not the file that was exported, its SHA-256 differs: export or copy it again")
+
+
+def _read(path: Path, limit: int = -1) -> bytes:
+    with path.open("rb") as file:
+        return file.read(limit)
+
+
+def _read_manifest(path: Path) -> JsonObject:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise BundleError(f"{MANIFEST} is a link or a special file: put the plain file there")
+    data = _read(path, MANIFEST_MAX_BYTES + 1)
+    if len(data) > MANIFEST_MAX_BYTES:
+        raise BundleError(f"{MANIFEST} is larger than {MANIFEST_MAX_BYTES:,} bytes: export the bundle again")
+    return parse_json(data, MANIFEST)
+
+
+def _parse_manifest(folder: Path, manifest: JsonObject) -> Bundle:
+    version = manifest.whole("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(f"the bundle has format {version}, this gptedge reads {FORMAT_VERSION}: upgrade gptedge")
+    graphs = manifest.child("graphs")
+    bundle = Bundle(
+        folder=folder,
+        gptedge_version=manifest.text("gptedge_version"),
+        model=_parse_model(manifest.child("model")),
+        precision=manifest.text("precision"),
+        opset=manifest.whole("opset"),
+        graphs={name: _parse_graph(graphs.child(name)) for name in sorted({"decode", *graphs.names})},
+        tokenizer=_parse_tokenizer(manifest.child("tokenizer")),
+        known_answers=manifest.child("known_answers").path("path"),
+        files=_parse_files(manifest.children("files")),
+    )
+    used = [graph.path for graph in bundle.graphs.values()] + [bundle.tokenizer.path, bundle.known_answers]
+    if unlisted := sorted(set(used) - set(bundle.files)):
+        raise BundleError(f"{MANIFEST}: {unlisted[0]} is used but not in files: export the bundle again")
+    return bundle
+
+
+def _parse_model(values: JsonObject) -> ModelConfig:
+    sizes = {key: values.whole(key) for key in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")}
+    config = ModelConfig(**sizes, qkv_bias=values.flag("qkv_bias"))
+    if config.emb_dim % config.n_heads:
+        raise BundleError(
+            f"{MANIFEST}: emb_dim {config.emb_dim} is no multiple of {config.n_heads} heads: export again"
+        )
+    return config
+
+
+def _parse_graph(values: JsonObject) -> GraphSpec:
+    return GraphSpec(
+        path=values.path("path"),
+        inputs=tuple(_parse_tensor(tensor) for tensor in values.children("inputs")),
+        outputs=tuple(_parse_tensor(tensor) for tensor in values.children("outputs")),
+    )
+
+
+def _parse_tensor(values: JsonObject) -> TensorSpec:
+    shape = values.array("shape")
+    if not all(isinstance(size, str) or (type(size) is int and size >= 1) for size in shape):
+        raise BundleError(f"{MANIFEST}: shape {shape} of {values.text('name')} is not sizes and names: export again")
+    return TensorSpec(values.text("name"), values.text("dtype"), tuple(shape))
+
+
+def _parse_tokenizer(values: JsonObject) -> TokenizerSpec:
+    special = values.child("special_tokens")
+    return TokenizerSpec(
+        path=values.path("path"),
+        pattern=values.text("pattern"),
+        special_tokens={token: special.whole(token, low=0) for token in special.names},
+        eos_token_id=None if values.is_null("eos_token_id") else values.whole("eos_token_id", low=0),
+    )
+
+
+def _parse_files(entries: list[JsonObject]) -> dict[str, FileSpec]:
+    files: dict[str, FileSpec] = {}
+    for entry in entries:
+        path, sha256 = entry.path("path"), entry.text("sha256")
+        if path in files or path == MANIFEST or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise BundleError(f"{MANIFEST}: the entry of {path} in files is wrong or doubled: export the bundle again")
+        files[path] = FileSpec(entry.whole("size", low=0, high=2**63 - 1), sha256)
+    return files
+
+
+def _check_files(bundle: Bundle) -> None:
+    """Compare the folder with the manifest: names and sizes first, which costs nothing, then the hashes."""
+    sizes = _sizes_on_disk(bundle.folder)
+    if missing := sorted(set(bundle.files) - set(sizes)):
+        raise BundleError(f"{missing[0]} is missing from the bundle: export or copy it again")
+    if extra := sorted(set(sizes) - set(bundle.files) - {MANIFEST}):
+        raise BundleError(f"{extra[0]} is not a file of the bundle: move it out of {bundle.folder}")
+    for path, file in bundle.files.items():
+        if sizes[path] != file.size:
+            raise BundleError(f"{path} has {sizes[path]:,} bytes, not {file.size:,}: export or copy the bundle again")
+    for path, file in bundle.files.items():
+        with (bundle.folder / path).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+                raise _changed(path)
+
+
+def _sizes_on_disk(folder: Path) -> dict[str, int]:
+    sizes = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                sizes[path.relative_to(folder).as_posix()] = status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                raise BundleError(f"{path} is a link or a special file: put the plain file there")
+    return sizes

@@ -1,0 +1,190 @@
+"""The command ``gptedge``: text on stdout and nothing else, one line on stderr when something is wrong."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from .bundle import Bundle, open_bundle
+from .errors import GptEdgeError, InputError, one_line
+from .generate import Sampling
+from .gpt import DEFAULT_NEW_TOKENS, load
+from .stream import TextStream
+from .verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gptedge")
+def cli() -> None:
+    """Generate text from a bundle that export-onnx wrote, without PyTorch."""
+
+
+@cli.command("generate")
+@click.argument("bundle")
+@click.argument("prompt", required=False)
+@click.option("-f", "--file", help="Read the prompt from this file.")
+@click.option("-n", "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, show_default=True, help="Tokens to make.")
+@click.option("--stop", metavar="TEXT", help="End before this text.")
+@click.option(
+    "--on-overflow",
+    type=click.Choice(["slide", "stop", "error"]),
+    default="slide",
+    show_default=True,
+    help="Past the context length: drop the oldest token, end there, or refuse before the start.",
+)
+@click.option("--temperature", type=float, help="Draw tokens instead of taking the most likely: 1 as the model says.")
+@click.option("--top-k", type=int, help="Draw from the K most likely tokens.")
+@click.option("--top-p", type=float, help="Draw from the most likely tokens that reach probability P together.")
+@click.option("--seed", type=int, help="Draw the same tokens again.")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: ids, text, reason of the end, times.")
+def generate_command(
+    bundle: str,
+    prompt: str | None,
+    file: str | None,
+    max_new_tokens: int,
+    stop: str | None,
+    on_overflow: str,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    provider: str,
+    threads: int | None,
+    no_stream: bool,
+    as_json: bool,
+) -> None:
+    """Continue PROMPT, or standard input where PROMPT is missing or "-".
+
+    \b
+    gptedge generate build/demo "Once upon a time" -n 40
+    echo "Once upon a time" | gptedge generate build/demo
+    gptedge generate build/demo "Once upon a time" --temperature 0.8 --top-k 40 --seed 1
+
+    One newline at the end of a file or of standard input is not part of the prompt.
+    """
+    text = _read_prompt(prompt, file)
+    sampling = _sampling(temperature, top_k, top_p, seed)
+    with load(bundle, provider=provider, threads=threads) as gpt:
+        stream = gpt.stream(text, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow, sampling=sampling)
+        if as_json:
+            click.echo(_to_json(stream, gpt.provider))
+        elif no_stream:
+            click.echo("".join(stream))
+        else:
+            for piece in stream:
+                click.echo(piece, nl=False)  # echo flushes
+            click.echo()
+
+
+@cli.command("verify")
+@click.argument("bundle")
+@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+def verify_command(bundle: str, threads: int | None) -> None:
+    """Check the files, graphs and known answers of BUNDLE; exit code 3 where an answer is not the stored one."""
+    done = verify(bundle, threads=threads)
+    click.echo(f"ok: {done.files} files, {done.graphs} graphs, {done.prompts} known answers")
+
+
+@cli.command("info")
+@click.argument("bundle")
+def info_command(bundle: str) -> None:
+    """Print what BUNDLE holds, after checking its files."""
+    for name, value in _facts(open_bundle(bundle)).items():
+        click.echo(f"{name:<11} {value}")
+
+
+def main() -> None:
+    """Run the command; exit codes: 0 done, 1 our bug, 2 the user's to fix, 3 verification failed, 130 interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command with these arguments and return its exit code."""
+    try:
+        with cli.make_context("gptedge", arguments or ["--help"]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except GptEdgeError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader has seen enough; Python must not fail again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    click.echo(f"error: {one_line(message)}", err=True)
+    return exit_code
+
+
+def _read_prompt(prompt: str | None, file: str | None) -> str:
+    if file is not None and prompt is not None:
+        raise InputError("a PROMPT and --file are given: give one of them")
+    if file is not None:
+        try:
+            return _decode(Path(file).read_bytes(), file)
+        except OSError as error:
+            raise InputError(f"cannot read {file}: {error.strerror}: check the path given with --file") from error
+    if prompt is None or prompt == "-":
+        return _decode(sys.stdin.buffer.read(), "standard input")
+    return prompt
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:
+    if temperature is None and top_k is None and top_p is None and seed is None:
+        return None
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=top_k,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+    )
+
+
+def _to_json(stream: TextStream, provider: str) -> str:
+    text = "".join(stream)
+    speed = stream.tokens_per_s
+    answer = {
+        "prompt_token_ids": stream.prompt_token_ids,
+        "token_ids": stream.token_ids,
+        "text": text,
+        "finish_reason": stream.finish_reason,
+        "provider": provider,
+        "prefill_ms": round(stream.prefill_ms, 3),
+        "decode_ms": round(stream.decode_ms, 3),
+        "tokens_per_s": speed and round(speed, 1),
+    }
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def _facts(bundle: Bundle) -> dict[str, str]:
+    model, tokenizer = bundle.model, bundle.tokenizer
+    size_mb = sum(file.size for file in bundle.files.values()) / 1e6
+    return {
+        "bundle": str(bundle.folder),
+        "size": f"{size_mb:,.1f} MB in {len(bundle.files) + 1} files",
+        "written by": f"gptedge {bundle.gptedge_version}, opset {bundle.opset}",
+        "precision": bundle.precision,
+        "model": f"{model.n_layers} layers, {model.n_heads} heads, width {model.emb_dim}",
+        "context": f"{model.context_length:,} tokens",
+        "vocabulary": f"{model.vocab_size:,} tokens",
+        "special": " ".join(tokenizer.special_tokens) or "none",
+        "graphs": " ".join(bundle.graphs),
+    }

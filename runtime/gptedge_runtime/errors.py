@@ -1,0 +1,43 @@
+"""The documented errors: each is a :class:`GptEdgeError`, one line long, and knows the command's exit code."""
+
+MAX_LENGTH = 290  # a line of at most 300 characters, with the command's "error: " before it
+
+
+def one_line(message: str) -> str:
+    """Return ``message`` on one line without control characters; a long one loses its middle, not its remedy."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    if len(text) <= MAX_LENGTH:
+        return text
+    half = (MAX_LENGTH - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+class GptEdgeError(Exception):
+    """Root of all errors that a user can cause; the text names the value, the limit and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class BundleError(GptEdgeError):
+    """The bundle is damaged, incomplete, or not what its manifest says."""
+
+
+class BundleNotFoundError(BundleError, FileNotFoundError):
+    """There is no bundle at the given path."""
+
+
+class InputError(GptEdgeError, ValueError):
+    """A prompt, token id or option that the model cannot take."""
+
+
+class ProviderError(GptEdgeError, RuntimeError):
+    """onnxruntime is missing, or cannot run on the device that was asked for."""
+
+
+class VerificationError(GptEdgeError):
+    """The bundle computes something else than the model it was exported from."""
+
+    exit_code = 3

@@ -1,0 +1,132 @@
+"""The loop: ids in, ids out. It knows no text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import BundleError, InputError
+from .session import Cache, Logits, Session, ShouldStop, Stopped
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a token instead of taking the most likely one.
+
+    ``temperature`` divides the logits (0 takes the most likely token), ``top_k`` keeps the k most likely tokens,
+    ``top_p`` the fewest most likely ones that reach this probability together. One ``seed`` gives the same ids again.
+    Raises :class:`InputError` for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.temperature) not in (int, float) or not 0 <= self.temperature < np.inf:
+            raise InputError(f"temperature is {self.temperature!r}: give a number of at least 0")
+        if type(self.top_p) not in (int, float) or not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p!r}: give a number above 0 and at most 1")
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+            raise InputError(f"top_k is {self.top_k!r}: give a whole number of at least 1")
+        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
+            raise InputError(f"seed is {self.seed!r}: give a whole number of at least 0")
+
+
+def count_steps(lengths: Sequence[int], max_new_tokens: int, context_length: int, on_overflow: str) -> list[int]:
+    """Return how many ids each prompt gets: ``slide`` all, ``stop`` those that fit the context, ``error`` all or none.
+
+    Raises :class:`InputError` where ``stop`` or ``error`` refuses a prompt.
+    """
+    if on_overflow not in ("slide", "stop", "error"):
+        raise InputError(f"on_overflow is {on_overflow!r}: choose slide, stop or error")
+    if on_overflow == "slide":
+        return [max_new_tokens] * len(lengths)
+    longest = max(lengths)
+    if longest > context_length:
+        raise InputError(
+            f"prompt has {longest:,} tokens; the model reads at most {context_length:,}: "
+            "shorten it or set on_overflow to slide"
+        )
+    if on_overflow == "error" and longest + max_new_tokens > context_length:
+        raise InputError(
+            f"prompt of {longest:,} and {max_new_tokens:,} new tokens exceed the context of {context_length:,}: "
+            "ask for fewer or set on_overflow to slide or stop"
+        )
+    return [min(max_new_tokens, context_length - length) for length in lengths]
+
+
+def generate(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    n_steps: Sequence[int],
+    *,
+    sampling: Sampling | None,
+    should_stop: ShouldStop,
+) -> Iterator[dict[int, int]]:
+    """Yield step by step one new id for each row that still runs; row b runs ``n_steps[b]`` steps.
+
+    Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite.
+    """
+    context_length = session.model.context_length
+    rows = [list(prompt) for prompt in prompts]
+    ends = [len(row) + steps for row, steps in zip(rows, n_steps, strict=True)]
+    seeds = np.random.SeedSequence(sampling.seed if sampling else 0).spawn(len(rows))
+    randoms = [np.random.default_rng(seed) for seed in seeds]
+    cache = session.new_cache(len(rows), min(context_length, max(ends)))
+    running = [b for b, steps in enumerate(n_steps) if steps]
+    try:
+        while running and not should_stop():
+            _read_on(cache, rows, running, context_length, should_stop)
+            step = choose(cache.logits, running, sampling, randoms)
+            for b, token_id in step.items():
+                rows[b].append(token_id)
+            yield step
+            running = [b for b in running if len(rows[b]) < ends[b]]
+    except Stopped:
+        return
+
+
+def _read_on(
+    cache: Cache, rows: list[list[int]], running: list[int], context_length: int, should_stop: ShouldStop
+) -> None:
+    """Bring the cache's logits up to each running row's last id.
+
+    A row longer than the context is read anew, its last ids with positions from 0, as the book does: learned absolute
+    positions leave nothing of the cache to reuse.
+    """
+    if cache.is_empty:
+        cache.prefill([row[-context_length:] for row in rows], should_stop)
+        return
+    slid = [b for b in running if len(rows[b]) > context_length]
+    if len(slid) < len(running):
+        cache.decode([row[-1] for row in rows])
+    for b in slid:
+        cache.refill(slice(b, b + 1), [rows[b][-context_length:]], should_stop)
+
+
+def choose(
+    logits: Logits, running: list[int], sampling: Sampling | None, randoms: Sequence[np.random.Generator]
+) -> dict[int, int]:
+    """Return an id for each running row of logits float32 (B, V): the most likely one, or a drawn one."""
+    best = logits.argmax(axis=1)
+    if not np.isfinite(logits[running, best[running]]).all():  # argmax finds NaN and +inf wherever they are
+        raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
+    if sampling is None or sampling.temperature == 0:
+        return {b: int(best[b]) for b in running}
+    return {b: draw(logits[b], sampling, randoms[b]) for b in running}
+
+
+def draw(logits: Logits, sampling: Sampling, random: np.random.Generator) -> int:
+    """Return an id drawn from logits float32 (V,)."""
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the most likely to -inf, as it should
+        scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(scaled):
+        scaled[scaled < np.partition(scaled, -sampling.top_k)[-sampling.top_k]] = -np.inf
+    probabilities = np.exp(scaled) / np.exp(scaled).sum()
+    if sampling.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[before >= sampling.top_p]] = 0
+    return int(random.choice(len(probabilities), p=probabilities / probabilities.sum()))

@@ -1,0 +1,152 @@
+"""A loaded bundle: text to text, ids to ids, ids to logits."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import ModelConfig, open_bundle
+from .errors import InputError
+from .generate import Sampling, count_steps, generate
+from .inputs import TokenIds, read_count, read_rows
+from .session import Session, choose_provider, count_threads, never
+from .stream import TextStream
+from .tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_NEW_TOKENS = 128
+
+
+def load(path: str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None) -> "GPT":
+    """Open a bundle after checking every file in it; one ``GPT`` serves many threads at once.
+
+    ``provider`` is ``auto``, ``cpu`` or ``cuda``; ``threads`` defaults to the CPUs this process may use, and is at most
+    that. Raises ``BundleNotFoundError``, ``BundleError``, ``ProviderError`` or ``InputError``.
+    """
+    device, n_threads = choose_provider(provider), count_threads(threads)
+    bundle = open_bundle(path)
+    return GPT(load_tokenizer(bundle), Session(bundle, provider=device, threads=n_threads))
+
+
+class GPT:
+    """Made by :func:`load`; close it, or use it in a ``with`` statement.
+
+    ``config`` holds the sizes, ``provider`` the device in use, ``tokenizer`` has ``encode`` and ``decode``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, session: Session) -> None:
+        self.config: ModelConfig = session.model
+        self.provider = session.provider
+        self.tokenizer = tokenizer
+        self._open_session: Session | None = session
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop: str | None = None,
+        on_overflow: str = "slide",
+        sampling: Sampling | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> str:
+        """Return the text that continues ``prompt``, up to the end-of-text token or before the text ``stop``.
+
+        Takes the most likely token at each step unless ``sampling`` is given. Past the context length ``on_overflow``
+        decides: ``slide`` drops the oldest token and counts positions anew (the book's rule), ``stop`` ends there,
+        ``error`` refuses before it starts. ``should_stop`` is asked all the time and ends it within 200 ms; what was
+        made by then is returned. Raises ``InputError``.
+        """
+        return "".join(
+            self.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                on_overflow=on_overflow,
+                sampling=sampling,
+                should_stop=should_stop,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop: str | None = None,
+        on_overflow: str = "slide",
+        sampling: Sampling | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> TextStream:
+        """Yield the text of :meth:`generate` piece by piece, as it is made.
+
+        Wrong arguments raise here, not at the first piece. Afterwards the stream tells ids, times and why it ended.
+        """
+        if stop is not None and (not isinstance(stop, str) or not stop):
+            raise InputError(f"stop is {stop!r}: give a text of at least one character")
+        rows, _ = read_rows(self.tokenizer.encode(prompt), self.config.vocab_size)
+        max_new_tokens = read_count("max_new_tokens", max_new_tokens, low=0)
+        n_steps = count_steps([len(rows[0])], max_new_tokens, self.config.context_length, on_overflow)
+        return TextStream(
+            generate(self._session, rows, n_steps, sampling=sampling, should_stop=should_stop),
+            self.tokenizer,
+            prompt_token_ids=rows[0],
+            n_steps=n_steps[0],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
+
+    def generate_ids(
+        self,
+        token_ids: TokenIds,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        on_overflow: str = "slide",
+        sampling: Sampling | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> list[Any]:
+        """Return the new ids of one prompt, list[int], or of each row of a batch, list[list[int]].
+
+        A prompt is a list of ints or an array (T,); a batch is an array (B, T), or a list of prompts of any lengths.
+        This is the book's loop: it does not end at the end-of-text token. The rest is as in :meth:`generate`.
+        """
+        rows, is_batch = read_rows(token_ids, self.config.vocab_size)
+        max_new_tokens = read_count("max_new_tokens", max_new_tokens, low=0)
+        n_steps = count_steps([len(row) for row in rows], max_new_tokens, self.config.context_length, on_overflow)
+        new_ids: list[list[int]] = [[] for _ in rows]
+        for step in generate(self._session, rows, n_steps, sampling=sampling, should_stop=should_stop):
+            for row, token_id in step.items():
+                new_ids[row].append(token_id)
+        return new_ids if is_batch else new_ids[0]
+
+    def logits(self, token_ids: TokenIds) -> NDArray[np.float32]:
+        """Return logits float32 (B, T, V) of ids (B, T), or (1, T, V) of a single prompt.
+
+        Raises ``InputError`` for rows of different lengths or longer than the context.
+        """
+        rows, _ = read_rows(token_ids, self.config.vocab_size)
+        lengths = sorted({len(row) for row in rows})
+        if len(lengths) > 1:
+            raise InputError(f"rows have {lengths[0]:,} to {lengths[-1]:,} tokens: give rows of one length")
+        if lengths[0] > self.config.context_length:
+            raise InputError(
+                f"prompt has {lengths[0]:,} tokens; the model reads at most {self.config.context_length:,}: shorten it"
+            )
+        return self._session.forward(np.array(rows, np.int64))
+
+    def close(self) -> None:
+        """Give the memory back once running calls have ended; later calls raise ``InputError``."""
+        self._open_session = None
+
+    def __enter__(self) -> "GPT":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def _session(self) -> Session:
+        if self._open_session is None:
+            raise InputError("this GPT is closed: load the bundle again")
+        return self._open_session

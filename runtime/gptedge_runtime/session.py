@@ -1,0 +1,281 @@
+"""decode.onnx in onnxruntime: key/value caches that stay in place, prefill and decode steps.
+
+In the shapes below B is the batch, T the number of tokens and V the vocabulary size.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle, GraphSpec, ModelConfig, TensorSpec
+from .errors import BundleError, InputError, ProviderError
+
+Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+ShouldStop = Callable[[], bool]
+
+PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
+POLL_S = 0.02
+_SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
+_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+
+
+def never() -> bool:
+    """Stop at no time."""
+    return False
+
+
+class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error
+    """``should_stop`` said so during a prefill."""
+
+
+class Session:
+    """The bundle's decode graph, checked against the manifest; many threads may use one at the same time."""
+
+    def __init__(self, bundle: Bundle, *, provider: str, threads: int) -> None:
+        self.model = bundle.model
+        self.provider = provider
+        graph = bundle.graphs["decode"]
+        self.cache_names = [f"{i}.{kind}" for i in range(self.model.n_layers) for kind in ("key", "value")]
+        _check_tensors("manifest.json", graph, decode_contract(self.model))
+        self._ort = import_onnxruntime()
+        self._session = open_graph(bundle, graph, threads)
+        self._options = self._run_options()
+        self._probe()
+
+    def new_cache(self, batch: int, capacity: int) -> "Cache":
+        """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""
+        return Cache(self, batch, capacity)
+
+    def new_key_values(self, batch: int, capacity: int) -> list[NDArray[np.float32]]:
+        """Return one zeroed array (B, n_heads, capacity, head_dim) for each entry of ``cache_names``."""
+        shape = (batch, self.model.n_heads, capacity, self.model.head_dim)
+        return [np.zeros(shape, np.float32) for _ in self.cache_names]
+
+    def forward(self, ids: Ids) -> Logits:
+        """Return logits float32 (B, T, V) of all positions of ids int64 (B, T)."""
+        batch, length = ids.shape
+        logits = np.empty((batch, length, self.model.vocab_size), np.float32)
+        for part in split_rows([length] * batch):
+            lengths = np.full(len(ids[part]), length)
+            feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
+            self.run(self.bind(feeds, self.new_key_values(len(lengths), length), logits[part]), never)
+        return logits
+
+    def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[NDArray[Any]], logits: Logits) -> Any:
+        """Return an IO binding over these arrays, which must outlive it; past and present are the same memory."""
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in zip(self.cache_names, key_values, strict=True):
+            value = self._ort.OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            binding.bind_ortvalue_output(f"present.{name}", value)
+        binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
+        return binding
+
+    def step(self, binding: Any) -> None:
+        """Run a binding that takes a few milliseconds."""
+        self._run(binding, self._options)
+
+    def run(self, binding: Any, should_stop: ShouldStop) -> None:
+        """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises :class:`Stopped`.
+
+        onnxruntime hears no signal, so it works in a thread while this one waits.
+        """
+        options = self._run_options()
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            try:
+                running = worker.submit(self._run, binding, options)
+                while not should_stop():
+                    if wait([running], timeout=POLL_S).done:
+                        return running.result()
+                raise Stopped
+            except BaseException:
+                options.terminate = True
+                raise
+
+    def _run(self, binding: Any, options: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as error:  # onnxruntime's own share no other base class
+            raise BundleError(f"onnxruntime cannot run decode ({type(error).__name__}): {error}") from error
+
+    def _run_options(self) -> Any:
+        options = self._ort.RunOptions()
+        options.log_severity_level = _SILENT
+        return options
+
+    def _probe(self) -> None:
+        """Run the last token at the last position: smaller tables than the manifest says show now, not in use."""
+        feeds = prefill_feeds(np.array([[self.model.vocab_size - 1]]), np.array([1]), np.array([[0]]))
+        feeds["position_ids"][:] = self.model.context_length - 1
+        key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.vocab_size), np.float32)
+        self.step(self.bind(feeds, key_values, logits))
+
+
+class Cache:
+    """Keys and values of B rows, kept in place, and the buffers of a decode step, bound once.
+
+    ``logits`` float32 (B, V) belong to each row's last token; every call writes over them.
+    """
+
+    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+        self._session = session
+        self._last = capacity - 1
+        self._lengths = np.zeros(batch, np.int64)
+        self._key_values = session.new_key_values(batch, capacity)
+        self._logits = np.empty((batch, 1, session.model.vocab_size), np.float32)
+        self.logits: Logits = self._logits[:, 0]
+        self._feeds: dict[str, NDArray[Any]] = {
+            "input_ids": np.zeros((batch, 1), np.int64),
+            "position_ids": np.zeros((batch, 1), np.int64),
+            "seqlens_k": np.zeros(batch, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "logit_positions": np.zeros((batch, 1), np.int64),
+        }
+        self._step = session.bind(self._feeds, self._key_values, self._logits)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been read yet."""
+        return not self._lengths.any()
+
+    def prefill(self, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
+        """Read one row of ids for each row of the cache. Raises :class:`Stopped`."""
+        for part in split_rows([len(row) for row in rows]):
+            self.refill(part, rows[part], should_stop)
+
+    def refill(self, part: slice, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
+        """Read ids in the place of what these rows of the cache held. Raises :class:`Stopped`."""
+        lengths = np.array([len(row) for row in rows])
+        feeds = prefill_feeds(pad_right(rows), lengths, lengths[:, None] - 1)
+        binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._logits[part])
+        self._session.run(binding, should_stop)
+        self._lengths[part] = lengths
+
+    def decode(self, next_ids: Sequence[int]) -> None:
+        """Append one id to each row. A full row gets its last place written over, and logits that mean nothing."""
+        places = np.minimum(self._lengths, self._last)
+        self._feeds["input_ids"][:, 0] = next_ids
+        self._feeds["position_ids"][:, 0] = places
+        self._feeds["seqlens_k"][:] = places
+        self._feeds["total_sequence_length"][...] = places.max() + 1
+        self._session.step(self._step)
+        self._lengths = places + 1
+
+
+def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids) -> dict[str, NDArray[Any]]:
+    """Return decode's inputs for ids int64 (B, T) into empty caches; row b has ``lengths[b]`` tokens, then padding."""
+    batch, width = ids.shape
+    return {
+        "input_ids": ids,
+        "position_ids": np.tile(np.arange(width), (batch, 1)),
+        "seqlens_k": (lengths - 1).astype(np.int32),
+        "total_sequence_length": np.array(width, np.int32),
+        "logit_positions": np.ascontiguousarray(logit_positions),
+    }
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> Ids:
+    """Return the rows as int64 (B, longest row), filled up with id 0."""
+    ids = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    return ids
+
+
+def split_rows(lengths: Sequence[int]) -> Iterator[slice]:
+    """Cut rows into consecutive parts whose padded size is within ``PREFILL_TOKENS``, or which are one row."""
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        if stop == len(lengths) or (stop + 1 - start) * max(lengths[start : stop + 1]) > PREFILL_TOKENS:
+            yield slice(start, stop)
+            start = stop
+
+
+def import_onnxruntime() -> Any:
+    """Return onnxruntime; it is imported late, so that help and usage errors need not wait for it."""
+    os.environ.pop("ORT_LOAD_CONFIG_FROM_MODEL", None)  # a model file must not bring its own session options
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ProviderError('onnxruntime is not installed: pip install "gptedge[cpu]"') from error
+    return onnxruntime
+
+
+def choose_provider(name: str) -> str:
+    """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for; asked means got, or :class:`ProviderError`."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ProviderError(f"provider {name!r} is unknown: choose auto, cpu or cuda")
+    if name == "cuda":
+        raise ProviderError("provider cuda: this version of gptedge runs on the CPU only: choose auto or cpu")
+    return "cpu"
+
+
+def count_threads(threads: int | None) -> int:
+    """Return how many threads to use: at most the CPUs this process may run on, since more are many times slower."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads is {threads!r}: give a whole number of at least 1")
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(threads or allowed, allowed)
+
+
+def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
+    """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _SILENT
+    # float32 weights are used where they are mapped, instead of held a second time in another order
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    weights_folder = str((bundle.folder / graph.path).parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
+    try:
+        session = ort.InferenceSession(bundle.read(graph.path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own share no other base class
+        cause = type(error).__name__
+        raise BundleError(
+            f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"
+        ) from error
+    found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
+    _check_tensors(graph.path, found, graph)
+    return session
+
+
+def decode_contract(model: ModelConfig) -> GraphSpec:
+    """Return the inputs and outputs that decode.onnx must have for a model of these sizes."""
+    cache = ("batch_size", model.n_heads, "max_sequence_length", model.head_dim)
+    names = [f"{i}.{kind}" for i in range(model.n_layers) for kind in ("key", "value")]
+    tokens = ("batch_size", "sequence_length")
+    inputs = [
+        TensorSpec("input_ids", "int64", tokens),
+        TensorSpec("position_ids", "int64", tokens),
+        TensorSpec("seqlens_k", "int32", ("batch_size",)),
+        TensorSpec("total_sequence_length", "int32", ()),
+        TensorSpec("logit_positions", "int64", ("batch_size", "logit_count")),
+        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in names),
+    ]
+    outputs = [
+        TensorSpec("logits", "float32", ("batch_size", "logit_count", model.vocab_size)),
+        *(TensorSpec(f"present.{name}", "float32", cache) for name in names),
+    ]
+    return GraphSpec("", tuple(inputs), tuple(outputs))
+
+
+def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(a.name, _DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
+
+
+def _check_tensors(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
+    """Refuse a graph whose inputs and outputs differ by name, dtype or shape; their order is free."""
+    differing = {*found.inputs, *found.outputs} ^ {*wanted.inputs, *wanted.outputs}
+    if set(found.inputs) != set(wanted.inputs) or set(found.outputs) != set(wanted.outputs):
+        first = min(differing, key=lambda tensor: tensor.name)
+        raise BundleError(
+            f"{where}: {first.name} {first.dtype} {list(first.shape)} is not as the model's sizes ask for: export again"
+        )

@@ -1,0 +1,79 @@
+"""Write the bundles that tests/runtime reads, and what the eager model says about them: make_bundles.py FOLDER.
+
+It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/demo
+the demo model; beside each stands a .npz with the ids and logits of the book's own functions.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gptedge_export import Vocabulary, export_bundle, load_vocabulary
+from gptedge_models import GPTConfig, GPTModel, generate_text_simple, load_checkpoint
+from gptedge_models import demo as demo_model
+from numpy.typing import NDArray
+
+TINY = GPTConfig(vocab_size=270, context_length=32, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
+LENGTHS = (1, 2, 5, 17, 31, 32, 40)  # of prompts: up to the context, at it, beyond it
+MIN_MARGIN = 1e-3  # between the two largest logits of every choice, far above the rounding of any CPU
+
+
+def tiny_vocabulary() -> Vocabulary:
+    """Single bytes, merges within and across characters of several bytes; ids 262 to 269 stand for nothing."""
+    merges = [b"he", b"ll", b"hell", b"\xf0\x9f", b"\xf0\x9f\x98"]
+    return Vocabulary([bytes([byte]) for byte in range(256)] + merges, {"<|endoftext|>": 261})
+
+
+def tiny_model() -> GPTModel:
+    torch.manual_seed(123)
+    model = GPTModel(TINY).eval()
+    for block in model.trf_blocks:
+        for layer in (block.att.W_query, block.att.W_key, block.att.W_value, block.att.out_proj):
+            layer.weight.data *= 4  # attention counts, so that a fault in the cache changes ids
+    model.out_head.weight.data *= 8  # choices are clear
+    return model
+
+
+def oracle(model: GPTModel, lengths: tuple[int, ...], new_tokens: int) -> dict[str, NDArray[Any]]:
+    """``prompt_i`` and ``new_i`` of each length; ``ids`` (2, T), their ``logits``, and the last ones of each prefix."""
+    random, vocab_size = np.random.default_rng(5), model.config.vocab_size
+    answers: dict[str, NDArray[Any]] = {}
+    for i, length in enumerate(lengths):
+        prompt = random.integers(vocab_size, size=length).tolist()
+        while (ids := _clear_choices(model, prompt, new_tokens)) is None:
+            prompt = random.integers(vocab_size, size=length).tolist()
+        answers |= {f"prompt_{i}": np.array(prompt), f"new_{i}": np.array(ids[length:])}
+    batch = torch.from_numpy(random.integers(vocab_size, size=(2, min(model.config.context_length, 64))))
+    with torch.no_grad():
+        last = [model(batch[:, :length])[:, -1].numpy() for length in range(1, batch.shape[1] + 1)]
+        return {**answers, "ids": batch.numpy(), "logits": model(batch).numpy(), "last_logits": np.stack(last)}
+
+
+@torch.no_grad()
+def _clear_choices(model: GPTModel, prompt: list[int], new_tokens: int) -> list[int] | None:
+    """The prompt with its greedy ids; None where a choice is so close that rounding may turn it."""
+    context = model.config.context_length
+    ids = generate_text_simple(model, torch.tensor([prompt]), new_tokens, context)[0].tolist()
+    for end in range(len(prompt), len(ids)):
+        first, second = torch.topk(model(torch.tensor([ids[:end][-context:]]))[0, -1], 2).values
+        if first - second < MIN_MARGIN:
+            return None
+    return ids
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_model()
+    export_bundle(model, folder / "tiny", vocabulary=tiny_vocabulary(), force=True)
+    np.savez(folder / "tiny.npz", **oracle(model, LENGTHS, new_tokens=72))
+    model = load_checkpoint("demo")
+    vocabulary = load_vocabulary(str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken"))
+    export_bundle(model, folder / "demo", vocabulary=vocabulary, force=True)
+    np.savez(folder / "demo.npz", **oracle(model, (3, 30), new_tokens=24))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
