@@ -9,7 +9,7 @@ from gptedge_models import GPTModel
 from .verify import ATOL, RTOL
 
 SLACK = 4
-"""Other processors add in other orders: a bundle that travelled may differ by this many times the bound of the export."""
+"""Other processors add in other orders: a bundle that travelled may differ by this many times the export's bound."""
 
 
 def known_answers(model: GPTModel) -> dict[str, Any]:
@@ -29,12 +29,13 @@ def _answer(model: GPTModel, prompt: list[int], max_new_tokens: int = 8) -> dict
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids[-model.config.context_length :]]))[0, -1]  # (V,)
         first = logits if first is None else first
-        best = torch.topk(logits, min(2, len(logits)))
-        if len(logits) > 1 and float(best.values[0] - best.values[1]) <= 2 * SLACK * max(ATOL, RTOL * float(logits.abs().max())):
+        values, indices = torch.topk(logits, min(2, len(logits)))
+        slack = SLACK * max(ATOL, RTOL * float(logits.abs().max()))
+        if len(values) == 2 and float(values[0] - values[1]) <= 2 * slack:
             break
-        ids.append(int(best.indices[0]))
+        ids.append(int(indices[0]))
     assert first is not None
-    sample = np.unique(np.linspace(0, len(first) - 1, 16).astype(int)).tolist() + [int(first.argmax())]
+    sample = [*np.unique(np.linspace(0, len(first) - 1, 16).astype(int)).tolist(), int(first.argmax())]
     return {
         "token_ids": prompt,
         "new_token_ids": ids[len(prompt) :],

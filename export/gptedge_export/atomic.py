@@ -56,7 +56,7 @@ def _check(target: Path, replace: bool) -> None:
 
 
 def _swap(work: Path, target: Path) -> None:
-    """Exchange the two names in one system call where the system has one; elsewhere there is a gap between two renames."""
+    """Exchange the two names in one system call where there is one; elsewhere two renames leave a gap."""
     if not target.exists():
         work.rename(target)
         return

@@ -27,6 +27,9 @@ OPSETS = range(18, 24)
 """18 brings LayerNormalization; above 23 the exporter writes what ONNX Runtime 1.23 does not read."""
 
 
+PRODUCERS = ("gptedge", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")
+
+
 @dataclass(frozen=True)
 class Report:
     """What an export proved: the comparisons, and the bundle's size."""
@@ -97,7 +100,7 @@ def _write_files(model: GPTModel, folder: Path, vocabulary: Vocabulary, report: 
     documents["known_answers.json"] = known_answers(model)
     documents["export_report.json"] = {
         "precision": report.precision,
-        "versions": {name: version(name) for name in ("gptedge", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")},
+        "versions": {name: version(name) for name in PRODUCERS},
         "size_bytes": {path.name: path.stat().st_size for path in sorted((folder / "onnx").iterdir())},
         "worst": report.worst.to_dict(),
         "top1_agreement": report.top1_agreement,
@@ -169,6 +172,6 @@ vocabulary {config.vocab_size}.
     gptedge generate . "Hello, I am"
 
 Held against the PyTorch model in {len(report.checks)} comparisons at export: the logits differ by at most \
-{worst.max_abs_diff:.2g} at the worst place (bound {worst.bound:.2g}); all are in `export_report.json`. `gptedge verify .`
-checks every file and the stored answers again.
+{worst.max_abs_diff:.2g} at the worst place (bound {worst.bound:.2g}); all are in `export_report.json`.
+`gptedge verify .` checks every file and the stored answers again.
 """

@@ -13,7 +13,7 @@ from gptedge_runtime.errors import GptEdgeError, one_line
 
 from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .errors import ExportError
-from .vocabulary import Vocabulary, load_vocabulary
+from .vocabulary import load_vocabulary
 
 EPILOG = """\b
 Examples:
@@ -71,7 +71,7 @@ def default_tokenizer(source: str, model: GPTModel) -> str:
         return source
     if model.config.vocab_size == CONFIGS["gpt2-small"].vocab_size:
         return "gpt2"
-    raise ExportError(f"no tokenizer is known for a vocabulary of {model.config.vocab_size:,}: give one with --tokenizer")
+    raise ExportError(f"no tokenizer is known for {model.config.vocab_size:,} tokens: give one with --tokenizer")
 
 
 def _summary(report: Report, seconds: float) -> dict[str, object]:

@@ -68,7 +68,8 @@ def _genai(config: GPTConfig, eos: int | None) -> dict[str, Any]:
             "present_value_names": "present.%d.value",
         },
     }
-    model = {"type": "decoder", "decoder": decoder, "vocab_size": config.vocab_size, "context_length": config.context_length}
+    context = config.context_length
+    model = {"type": "decoder", "decoder": decoder, "vocab_size": config.vocab_size, "context_length": context}
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    search = {"do_sample": False, "max_length": config.context_length, "num_beams": 1, "past_present_share_buffer": False}
+    search = {"do_sample": False, "max_length": context, "num_beams": 1, "past_present_share_buffer": False}
     return {"model": model | ends, "search": search}

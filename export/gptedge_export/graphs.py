@@ -1,8 +1,8 @@
 """The ONNX graphs of a GPT, each a small PyTorch module around the same weights, exported by ``torch.onnx.export``.
 
-Linear layers see two axes, (B*T, D): they become ``Gemm`` with ``transB=1``, so that weights keep PyTorch's layout and a
-weight that two layers share is stored once. In the shapes below B is the batch, S the new tokens, P the cached ones, D the
-width ``emb_dim`` and V the vocabulary size.
+Linear layers see two axes, (B*S, D): they become ``Gemm`` with ``transB=1``, so that weights keep PyTorch's layout and
+a weight that two layers share is stored once. In the shapes below B is the batch, S the new tokens, P the cached ones,
+D the width ``emb_dim`` and V the vocabulary size.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ class Norm(nn.Module):
 def pack(layers: Sequence[nn.Linear]) -> nn.Linear:
     """Join linear layers of one input into one whose outputs stand side by side."""
     with torch.device("meta"):
-        packed = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), layers[0].bias is not None)
+        width = sum(layer.out_features for layer in layers)
+        packed = nn.Linear(layers[0].in_features, width, bias=layers[0].bias is not None)
     packed.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
     if packed.bias is not None:
         packed.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def load_vocabulary(source: str) -> Vocabulary:
     if source in tiktoken.list_encoding_names():
         return _from_tiktoken(source)
     raise ExportError(
-        f"no tokenizer {source!r}: give a .tiktoken file, a tokenizer.json, a folder that holds one, 'bytes', or a name "
-        f"that tiktoken knows, such as 'gpt2'"
+        f"no tokenizer {source!r}: give a .tiktoken file, a tokenizer.json, a folder that holds one, 'bytes', or a "
+        f"name that tiktoken knows, such as 'gpt2'"
     )
 
 
@@ -223,7 +224,7 @@ def _merged_from(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes
     parts = [token[i : i + 1] for i in range(len(token))]
     limit = ranks[token]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, limit) for left, right in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
         best = min(pairs)
         if best == limit:
             raise ExportError(f"token {token!r} cannot be made by merging tokens of lower rank")

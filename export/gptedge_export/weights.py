@@ -36,6 +36,11 @@ def _move(tensor: ir.TensorProtocol, file: BinaryIO, places: dict[bytes, int], f
         places[digest] = file.tell()
         file.write(data)
     return ir.ExternalTensor(
-        "model.onnx_data", places[digest], len(data), tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or "",
+        "model.onnx_data",
+        places[digest],
+        len(data),
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape),
+        name=tensor.name or "",
         base_dir=folder,
     )

@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint install wheel-test clean
+
+demo: install  ## export the demo model and let it tell a story
+	$(BIN)/export-onnx demo -o build/demo --force
+	$(BIN)/gptedge generate build/demo "Once upon a time" -n 200
+
+test: install lint  ## linters, types, import contract, all tests
+	$(BIN)/pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cpu,export,test]"
+	touch $@
+
+wheel-test: install  ## the runtime's tests against the built wheel, in an environment that has never seen PyTorch
+	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	$(PYTHON) -m venv --clear build/wheel-venv
+	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest hypothesis
+	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
+	$(BIN)/python tests/make_bundles.py build/test-bundles
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime
+
+clean:
+	rm -rf build $(VENV)
