@@ -157,8 +157,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_shortcut(self.att(self.norm1(x)))
-        x = x + self.drop_shortcut(self.ff(self.norm2(x)))
-        return x
+        out: Tensor = x + self.drop_shortcut(self.ff(self.norm2(x)))
+        return out
 
 
 class GPTModel(nn.Module):
