@@ -15,7 +15,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F  # noqa: N812
-from gptedge_models.gpt import GPTConfig, GPTModel
+from gptedge_models import GPTConfig, GPTModel
+from gptedge_models.gpt import LayerNorm
 from torch import Tensor, nn
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -25,7 +26,7 @@ Attend = Callable[[int, Tensor], Tensor]
 class Norm(nn.Module):
     """The book's LayerNorm as one operator."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: LayerNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.scale, norm.shift, norm.eps
 
@@ -57,7 +58,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         x = x + self.out_proj(attend(layer, self.qkv(self.norm1(x))))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        widened: Tensor = self.up(self.norm2(x))  # (B*S, 4D)
+        out: Tensor = x + self.down(F.gelu(widened, approximate="tanh"))
+        return out
 
 
 class Stack(nn.Module):
@@ -73,7 +76,7 @@ class Stack(nn.Module):
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Token ids (B, S) and positions (B, S) or (S,) -> (B*S, D), before the final norm."""
-        x = self.tok_emb(input_ids) + self.pos_emb(position_ids)  # (B, S, D)
+        x: Tensor = self.tok_emb(input_ids) + self.pos_emb(position_ids)  # (B, S, D)
         x = x.flatten(0, 1)  # (B*S, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, attend)
@@ -81,7 +84,8 @@ class Stack(nn.Module):
 
     def logits(self, x: Tensor, batch_size: int) -> Tensor:
         """(B*S, D) -> (B, S, V)."""
-        return self.out_head(self.final_norm(x)).unflatten(0, (batch_size, -1))
+        logits: Tensor = self.out_head(self.final_norm(x))  # (B*S, V)
+        return logits.view(batch_size, -1, self.config.vocab_size)
 
 
 def heads(x: Tensor, config: GPTConfig, batch_size: int) -> Tensor:
@@ -151,21 +155,23 @@ class Decode(Stack):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         batch_size, length = input_ids.shape
+        n_heads, head_dim, width = self.config.n_heads, self.config.head_dim, cache_width("decode", self.config)
         present: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            qkv = qkv.unflatten(0, (batch_size, length))  # (B, S, 3D)
+            qkv = qkv.view(batch_size, length, 3 * n_heads, head_dim)
+            qkv = F.pad(qkv, (0, width - head_dim)).flatten(2)  # (B, S, 3 * n_heads * width)
             k, v = past[layer]
             context, k, v = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
                 [qkv, None, None, k, v, seqlens_k, total_sequence_length],
-                {"num_heads": self.config.n_heads, "kv_num_heads": self.config.n_heads, "do_rotary": 0},
+                {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5},
                 dtypes=[qkv.dtype, k.dtype, v.dtype],
-                shapes=[(batch_size, length, self.config.emb_dim), k.shape, v.shape],
+                shapes=[(batch_size, length, n_heads * width), k.shape, v.shape],
                 version=1,
             )
             present.append((k, v))
-            return context.flatten(0, 1)
+            return context.view(-1, n_heads, width)[..., :head_dim].flatten(1)  # (B*S, D)
 
         x = self.hidden(input_ids, position_ids, attend)
         rows = torch.arange(batch_size)[:, None] * length + logit_positions  # (B, logit_count)
@@ -178,6 +184,11 @@ GRAPHS: dict[str, type[Stack]] = {"decode": Decode, "forward": Forward, "model":
 def cache_names(prefix: str, config: GPTConfig) -> list[str]:
     """``prefix.0.key``, ``prefix.0.value``, ``prefix.1.key``, ..."""
     return [f"{prefix}.{layer}.{part}" for layer in range(config.n_layers) for part in ("key", "value")]
+
+
+def cache_width(name: str, config: GPTConfig) -> int:
+    """Width of a head in the cache: ``GroupQueryAttention`` takes multiples of 8, the rest is filled with zeros."""
+    return -(-config.head_dim // 8) * 8 if name == "decode" else config.head_dim
 
 
 def _sample(name: str, config: GPTConfig) -> dict[str, tuple[Tensor, dict[int, str]]]:
@@ -220,7 +231,7 @@ def trace(model: GPTModel, name: str, opset: int) -> ir.Model:
     inputs, outputs = list(sample), ["logits"]
     if name != "forward":
         past_axis = "past_sequence_length" if name == "model" else "max_sequence_length"
-        args.append([(_cache(config), _cache(config)) for _ in range(config.n_layers)])
+        args.append([(_cache(name, config), _cache(name, config)) for _ in range(config.n_layers)])
         axes.append([({0: "batch_size", 2: past_axis},) * 2] * config.n_layers)
         inputs += cache_names("past_key_values", config)
         outputs += cache_names("present", config)
@@ -240,8 +251,8 @@ def trace(model: GPTModel, name: str, opset: int) -> ir.Model:
     return program.model
 
 
-def _cache(config: GPTConfig) -> Tensor:
-    return torch.zeros(2, config.n_heads, 5, config.head_dim)
+def _cache(name: str, config: GPTConfig) -> Tensor:
+    return torch.zeros(2, config.n_heads, 5, cache_width(name, config))
 
 
 def _strip(model: ir.Model) -> None:

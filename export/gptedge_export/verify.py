@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .errors import ParityError
-from .graphs import cache_names
+from .graphs import cache_names, cache_width
 
 Array = NDArray[Any]
 
@@ -75,7 +75,8 @@ class Graph:
 
     def cache(self, batch_size: int, length: int) -> list[Array]:
         """A cache to begin with: buffers of that length for ``decode``, nothing for ``model``."""
-        shape = (batch_size, self.config.n_heads, length if self.name == "decode" else 0, self.config.head_dim)
+        length = length if self.name == "decode" else 0
+        shape = (batch_size, self.config.n_heads, length, cache_width(self.name, self.config))
         return [np.zeros(shape, np.float32) for _ in cache_names("", self.config)]
 
     def prefill(self, ids: Array) -> Array:
@@ -189,10 +190,10 @@ def _ragged(graph: Graph, ids: Array, sizes: list[int]) -> Array:
     for row, size in enumerate(sizes):
         padded[row, :size] = ids[row, :size]
     following = ids[np.arange(batch), sizes][:, None]
-    size = np.array(sizes, np.int32)
+    totals = np.array(sizes, np.int32)
     positions, buffers = np.tile(np.arange(full), (batch, 1)), graph.cache(batch, full + 1)
-    first, cache = graph.decode(padded, positions, size, size[:, None] - 1, buffers)
-    second, _ = graph.decode(following, size[:, None], size + 1, np.zeros((batch, 1)), cache)
+    first, cache = graph.decode(padded, positions, totals, totals[:, None] - 1, buffers)
+    second, _ = graph.decode(following, totals[:, None], totals + 1, np.zeros((batch, 1)), cache)
     return np.concatenate([first, second], axis=1)
 
 

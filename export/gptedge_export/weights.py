@@ -40,7 +40,7 @@ def _move(tensor: ir.TensorProtocol, file: BinaryIO, places: dict[bytes, int], f
         places[digest],
         len(data),
         tensor.dtype,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.numpy().shape),
         name=tensor.name or "",
         base_dir=folder,
     )

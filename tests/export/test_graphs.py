@@ -9,7 +9,7 @@ import torch
 from gptedge_export import Vocabulary, export_bundle
 from gptedge_export.verify import ATOL, RTOL, Graph
 from gptedge_models import GPTConfig, GPTModel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -58,7 +58,13 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # an export takes seconds, shrinking would take many
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(config=configs, tied=st.booleans(), scale=st.sampled_from([1.0, 4.0]))
 def test_any_config_exports_and_agrees(
     config: GPTConfig, tied: bool, scale: float, byte_vocabulary: Vocabulary, tmp_path: Path
