@@ -29,15 +29,15 @@ def tiny_vocabulary() -> Vocabulary:
 def tiny_model() -> GPTModel:
     torch.manual_seed(123)
     model = GPTModel(TINY).eval()
-    for block in model.trf_blocks:
-        for layer in (block.att.W_query, block.att.W_key, block.att.W_value, block.att.out_proj):
-            layer.weight.data *= 4  # attention counts, so that a fault in the cache changes ids
+    for name, weight in model.named_parameters():
+        if ".att." in name and name.endswith("weight"):
+            weight.data *= 4  # attention counts, so that a fault in the cache changes ids
     model.out_head.weight.data *= 8  # choices are clear
     return model
 
 
-def oracle(model: GPTModel, lengths: tuple[int, ...], new_tokens: int) -> dict[str, NDArray[Any]]:
-    """``prompt_i`` and ``new_i`` of each length; ``ids`` (2, T), their ``logits``, and the last ones of each prefix."""
+def write_oracle(path: Path, model: GPTModel, lengths: tuple[int, ...], new_tokens: int) -> None:
+    """Store ``prompt_i``, ``new_i`` of each length; ``ids`` (2, T), their ``logits``, the last ones of each prefix."""
     random, vocab_size = np.random.default_rng(5), model.config.vocab_size
     answers: dict[str, NDArray[Any]] = {}
     for i, length in enumerate(lengths):
@@ -48,7 +48,8 @@ def oracle(model: GPTModel, lengths: tuple[int, ...], new_tokens: int) -> dict[s
     batch = torch.from_numpy(random.integers(vocab_size, size=(2, min(model.config.context_length, 64))))
     with torch.no_grad():
         last = [model(batch[:, :length])[:, -1].numpy() for length in range(1, batch.shape[1] + 1)]
-        return {**answers, "ids": batch.numpy(), "logits": model(batch).numpy(), "last_logits": np.stack(last)}
+        answers |= {"ids": batch.numpy(), "logits": model(batch).numpy(), "last_logits": np.stack(last)}
+    np.savez(path, allow_pickle=False, **answers)
 
 
 @torch.no_grad()
@@ -68,11 +69,11 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model()
     export_bundle(model, folder / "tiny", vocabulary=tiny_vocabulary(), force=True)
-    np.savez(folder / "tiny.npz", **oracle(model, LENGTHS, new_tokens=72))
+    write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
     model = load_checkpoint("demo")
     vocabulary = load_vocabulary(str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken"))
     export_bundle(model, folder / "demo", vocabulary=vocabulary, force=True)
-    np.savez(folder / "demo.npz", **oracle(model, (3, 30), new_tokens=24))
+    write_oracle(folder / "demo.npz", model, (3, 30), new_tokens=24)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command ``gptedge``: text on stdout and nothing else, one line on stderr when something is wrong."""
 
+import io
 import json
 import os
 import sys
@@ -105,6 +106,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command with these arguments and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         with cli.make_context("gptedge", arguments or ["--help"]) as context:
             cli.invoke(context)
@@ -116,9 +119,17 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader has seen enough; Python must not fail again when it closes stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
+        _abandon_stdout()
+    except OSError as error:
+        _abandon_stdout()
+        return _fail(f"cannot write to standard output ({error.strerror}): check where it goes", 2)
     return 0
+
+
+def _abandon_stdout() -> None:
+    """Let Python's last flush of what could not be written go nowhere, instead of failing once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle, GraphSpec, ModelConfig, TensorSpec
+from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError, InputError, ProviderError
 
 Ids = NDArray[np.int64]
@@ -39,11 +39,10 @@ class Session:
     def __init__(self, bundle: Bundle, *, provider: str, threads: int) -> None:
         self.model = bundle.model
         self.provider = provider
-        graph = bundle.graphs["decode"]
-        self.cache_names = [f"{i}.{kind}" for i in range(self.model.n_layers) for kind in ("key", "value")]
-        _check_tensors("manifest.json", graph, decode_contract(self.model))
+        self.cache_names = cache_names(bundle.model)
+        _compare(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
         self._ort = import_onnxruntime()
-        self._session = open_graph(bundle, graph, threads)
+        self._session = open_graph(bundle, bundle.graphs["decode"], threads)
         self._options = self._run_options()
         self._probe()
 
@@ -63,7 +62,7 @@ class Session:
         for part in split_rows([length] * batch):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
-            self.run(self.bind(feeds, self.new_key_values(len(lengths), length), logits[part]), never)
+            self.run_long(self.bind(feeds, self.new_key_values(len(lengths), length), logits[part]), never)
         return logits
 
     def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[NDArray[Any]], logits: Logits) -> Any:
@@ -78,11 +77,15 @@ class Session:
         binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
         return binding
 
-    def step(self, binding: Any) -> None:
-        """Run a binding that takes a few milliseconds."""
-        self._run(binding, self._options)
+    def run(self, binding: Any, options: Any = None) -> None:
+        """Run a binding."""
+        try:
+            self._session.run_with_iobinding(binding, options or self._options)
+        except Exception as error:  # onnxruntime's own share no other base class
+            cause = type(error).__name__
+            raise BundleError(f"onnxruntime cannot run the decode graph ({cause}): export the bundle again") from error
 
-    def run(self, binding: Any, should_stop: ShouldStop) -> None:
+    def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
         """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises :class:`Stopped`.
 
         onnxruntime hears no signal, so it works in a thread while this one waits.
@@ -90,7 +93,7 @@ class Session:
         options = self._run_options()
         with ThreadPoolExecutor(max_workers=1) as worker:
             try:
-                running = worker.submit(self._run, binding, options)
+                running = worker.submit(self.run, binding, options)
                 while not should_stop():
                     if wait([running], timeout=POLL_S).done:
                         return running.result()
@@ -98,12 +101,6 @@ class Session:
             except BaseException:
                 options.terminate = True
                 raise
-
-    def _run(self, binding: Any, options: Any) -> None:
-        try:
-            self._session.run_with_iobinding(binding, options)
-        except Exception as error:  # onnxruntime's own share no other base class
-            raise BundleError(f"onnxruntime cannot run decode ({type(error).__name__}): {error}") from error
 
     def _run_options(self) -> Any:
         options = self._ort.RunOptions()
@@ -115,7 +112,13 @@ class Session:
         feeds = prefill_feeds(np.array([[self.model.vocab_size - 1]]), np.array([1]), np.array([[0]]))
         feeds["position_ids"][:] = self.model.context_length - 1
         key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.vocab_size), np.float32)
-        self.step(self.bind(feeds, key_values, logits))
+        try:
+            self.run(self.bind(feeds, key_values, logits))
+        except BundleError as error:
+            raise BundleError(
+                f"the decode graph cannot read token {self.model.vocab_size - 1} at position "
+                f"{self.model.context_length - 1}, the last of manifest.json's sizes: export the bundle again"
+            ) from error
 
 
 class Cache:
@@ -155,7 +158,7 @@ class Cache:
         lengths = np.array([len(row) for row in rows])
         feeds = prefill_feeds(pad_right(rows), lengths, lengths[:, None] - 1)
         binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._logits[part])
-        self._session.run(binding, should_stop)
+        self._session.run_long(binding, should_stop)
         self._lengths[part] = lengths
 
     def decode(self, next_ids: Sequence[int]) -> None:
@@ -165,7 +168,7 @@ class Cache:
         self._feeds["position_ids"][:, 0] = places
         self._feeds["seqlens_k"][:] = places
         self._feeds["total_sequence_length"][...] = places.max() + 1
-        self._session.step(self._step)
+        self._session.run(self._step)
         self._lengths = places + 1
 
 
@@ -235,22 +238,27 @@ def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
     options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
+    data = bundle.read(graph.path)
     try:
-        session = ort.InferenceSession(bundle.read(graph.path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own share no other base class
         cause = type(error).__name__
         raise BundleError(
             f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"
         ) from error
     found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
-    _check_tensors(graph.path, found, graph)
+    _compare(graph.path, found, graph)
     return session
+
+
+def cache_names(model: ModelConfig) -> list[str]:
+    """Return ``0.key``, ``0.value``, ``1.key``, ..."""
+    return [f"{layer}.{kind}" for layer in range(model.n_layers) for kind in ("key", "value")]
 
 
 def decode_contract(model: ModelConfig) -> GraphSpec:
     """Return the inputs and outputs that decode.onnx must have for a model of these sizes."""
     cache = ("batch_size", model.n_heads, "max_sequence_length", model.head_dim)
-    names = [f"{i}.{kind}" for i in range(model.n_layers) for kind in ("key", "value")]
     tokens = ("batch_size", "sequence_length")
     inputs = [
         TensorSpec("input_ids", "int64", tokens),
@@ -258,11 +266,11 @@ def decode_contract(model: ModelConfig) -> GraphSpec:
         TensorSpec("seqlens_k", "int32", ("batch_size",)),
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("batch_size", "logit_count")),
-        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in names),
+        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in cache_names(model)),
     ]
     outputs = [
         TensorSpec("logits", "float32", ("batch_size", "logit_count", model.vocab_size)),
-        *(TensorSpec(f"present.{name}", "float32", cache) for name in names),
+        *(TensorSpec(f"present.{name}", "float32", cache) for name in cache_names(model)),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))
 
@@ -271,11 +279,17 @@ def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(a.name, _DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
 
 
-def _check_tensors(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
+def _compare(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
     """Refuse a graph whose inputs and outputs differ by name, dtype or shape; their order is free."""
-    differing = {*found.inputs, *found.outputs} ^ {*wanted.inputs, *wanted.outputs}
-    if set(found.inputs) != set(wanted.inputs) or set(found.outputs) != set(wanted.outputs):
-        first = min(differing, key=lambda tensor: tensor.name)
-        raise BundleError(
-            f"{where}: {first.name} {first.dtype} {list(first.shape)} is not as the model's sizes ask for: export again"
-        )
+    have, want = _by_name(found), _by_name(wanted)
+    for name in sorted(have | want):
+        if have.get(name) != want.get(name):
+            raise BundleError(
+                f"{where}: {name} is {have.get(name, 'missing')}, not {want.get(name, 'expected')}: "
+                "export the bundle again"
+            )
+
+
+def _by_name(graph: GraphSpec) -> dict[str, str]:
+    inputs = {f"input {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in graph.inputs}
+    return inputs | {f"output {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in graph.outputs}

@@ -1,0 +1,76 @@
+"""Bundles for the runtime's tests: from the folder GPTEDGE_TEST_BUNDLES, else written now, which needs PyTorch."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptedge_runtime import GPT, load
+from numpy.typing import NDArray
+
+Manifest = dict[str, Any]
+Edit = Callable[[Manifest], object]
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("GPTEDGE_TEST_BUNDLES"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("bundles")
+    subprocess.run([sys.executable, Path(__file__).parents[1] / "make_bundles.py", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(bundles: Path) -> Iterator[GPT]:
+    """A random model with a context of 32 tokens."""
+    with load(bundles / "tiny") as gpt:
+        yield gpt
+
+
+@pytest.fixture(scope="session")
+def eager(bundles: Path) -> "Eager":
+    return Eager(bundles / "tiny.npz")
+
+
+class Eager:
+    """What the eager model answered: greedy ids of prompts up to, at and beyond the context, and logits."""
+
+    def __init__(self, path: Path) -> None:
+        arrays: dict[str, NDArray[Any]] = dict(np.load(path))
+        count = sum(name.startswith("prompt_") for name in arrays)
+        self.prompts: list[list[int]] = [arrays[f"prompt_{i}"].tolist() for i in range(count)]
+        self.new: list[list[int]] = [arrays[f"new_{i}"].tolist() for i in range(count)]
+        self.ids, self.logits, self.last_logits = arrays["ids"], arrays["logits"], arrays["last_logits"]
+        # two sound float32 programs add in different orders and differ by up to 1.1e-5 of the largest logit
+        self.atol = max(1e-5, 2e-5 * float(np.abs(self.logits).max()))
+
+
+@pytest.fixture
+def bundle(bundles: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle to damage."""
+    return shutil.copytree(bundles / "tiny", tmp_path / "bundle")
+
+
+@pytest.fixture
+def edit(bundle: Path) -> Callable[[Edit], Path]:
+    """Change the copy's manifest, with hashes that are right again: what is refused then is not refused for a hash."""
+
+    def apply(change: Edit) -> Path:
+        path = bundle / "manifest.json"
+        manifest = json.loads(path.read_text("utf-8"))
+        for entry in manifest["files"]:
+            data = (bundle / entry["path"]).read_bytes()
+            entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        change(manifest)
+        path.write_text(json.dumps(manifest), "utf-8")
+        return bundle
+
+    return apply

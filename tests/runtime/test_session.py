@@ -1,0 +1,156 @@
+"""The session: what it refuses at load, and how a long run ends early."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptedge_runtime import GPT, BundleError, InputError, ProviderError, load
+from gptedge_runtime.session import Session, Stopped, prefill_feeds, split_rows
+
+Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
+
+
+def long_run(session: Session) -> tuple[Any, Any]:
+    """A binding that works for a second or so, and its logits, which are NaN until it has ended."""
+    batch, length = 3000, 32
+    ids = np.zeros((batch, length), np.int64)
+    logits = np.full((batch, 1, session.model.vocab_size), np.nan, np.float32)
+    feeds = prefill_feeds(ids, np.full(batch, length), np.full((batch, 1), length - 1))
+    return session.bind(feeds, session.new_key_values(batch, length), logits), logits
+
+
+def test_a_stopped_run_ends_before_its_result_and_the_session_goes_on(tiny: GPT, eager: Any) -> None:
+    binding, logits = long_run(tiny._session)
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        tiny._session.run_long(binding, lambda: next(asked))
+    assert np.isnan(logits).all()
+    assert tiny.generate_ids(eager.prompts[1], max_new_tokens=4) == eager.new[1][:4]
+
+
+def test_ctrl_c_ends_a_run_before_its_result(tiny: GPT, eager: Any) -> None:
+    binding, logits = long_run(tiny._session)
+
+    def interrupt() -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny._session.run_long(binding, interrupt)
+    assert np.isnan(logits).all()
+    assert tiny.generate_ids(eager.prompts[1], max_new_tokens=4) == eager.new[1][:4]
+
+
+def test_a_long_run_that_nobody_stops_has_a_result(tiny: GPT) -> None:
+    binding, logits = long_run(tiny._session)
+    tiny._session.run_long(binding, lambda: False)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([1], [(0, 1)]),
+        ([5000], [(0, 1)]),
+        ([512, 512, 1], [(0, 2), (2, 3)]),
+        ([2, 1024, 3, 3], [(0, 1), (1, 2), (2, 4)]),
+        ([1] * 1025, [(0, 1024), (1024, 1025)]),
+    ],
+)
+def test_rows_are_cut_so_that_padding_counts_as_tokens(lengths: list[int], parts: list[tuple[int, int]]) -> None:
+    assert [(part.start, part.stop) for part in split_rows(lengths)] == parts
+
+
+@pytest.mark.parametrize("field", ["n_layers", "n_heads", "emb_dim", "vocab_size", "context_length"])
+def test_sizes_that_are_not_the_graphs_are_refused_at_load(edit: Edit, field: str) -> None:
+    path = edit(lambda manifest: manifest["model"].update({field: 2 * manifest["model"][field]}))
+    with pytest.raises(BundleError):
+        load(path)
+
+
+@pytest.mark.parametrize("part", ["inputs", "outputs"])
+@pytest.mark.parametrize(("key", "value"), [("name", "other"), ("dtype", "float16"), ("shape", ["batch_size", 7])])
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_tensor_that_is_not_the_graphs_is_refused_at_load(
+    edit: Edit, part: str, key: str, value: Any, index: int
+) -> None:
+    path = edit(lambda manifest: manifest["graphs"]["decode"][part][index].update({key: value}))
+    with pytest.raises(BundleError, match=r"(input|output) .* is .*, not "):
+        load(path)
+
+
+@pytest.mark.parametrize("part", ["inputs", "outputs"])
+def test_a_missing_tensor_is_refused_at_load(edit: Edit, part: str) -> None:
+    with pytest.raises(BundleError, match=r"(input|output) .* is .*, not "):
+        load(edit(lambda manifest: manifest["graphs"]["decode"][part].pop()))
+
+
+def test_the_graph_itself_is_compared_with_the_manifest(edit: Edit) -> None:
+    path = edit(lambda manifest: manifest["graphs"]["decode"].update(path="onnx/forward.onnx"))
+    with pytest.raises(BundleError, match=r"onnx/forward\.onnx: input .* is missing, not"):
+        load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"<html>not found</html>"])
+def test_a_graph_that_onnxruntime_cannot_read_is_one_line(
+    bundle: Path, edit: Edit, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (bundle / "onnx/decode.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match=r"refuses onnx/decode\.onnx") as caught:
+        load(edit(lambda manifest: None))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_are_not_finite_are_refused_when_they_show(bundle: Path, edit: Edit) -> None:
+    data = bundle / "onnx/model.onnx_data"
+    data.write_bytes(b"\xff" * data.stat().st_size)  # every float32 is NaN
+    with load(edit(lambda manifest: None)) as gpt, pytest.raises(BundleError, match="not finite"):
+        gpt.generate_ids([1], max_new_tokens=1)
+
+
+def test_weights_cut_short_are_refused_at_load(bundle: Path, edit: Edit) -> None:
+    data = bundle / "onnx/model.onnx_data"
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="refuses"):
+        load(edit(lambda manifest: None))
+
+
+@pytest.mark.parametrize("provider", ["cuda", "CUDAExecutionProvider", "gpu", ""])
+def test_a_provider_that_cannot_be_had_is_an_error_and_never_a_quiet_cpu_run(bundles: Path, provider: str) -> None:
+    with pytest.raises(ProviderError, match="choose auto"):
+        load(bundles / "tiny", provider=provider)
+
+
+@pytest.mark.parametrize("provider", ["auto", "cpu"])
+def test_the_provider_in_use_is_told(bundles: Path, provider: str) -> None:
+    with load(bundles / "tiny", provider=provider) as gpt:
+        assert gpt.provider == "cpu"
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_threads_out_of_range_are_refused(bundles: Path, threads: Any) -> None:
+    with pytest.raises(InputError, match="threads is"):
+        load(bundles / "tiny", threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 10_000])
+def test_ids_do_not_depend_on_threads(bundles: Path, eager: Any, threads: int) -> None:
+    with load(bundles / "tiny", threads=threads) as gpt:
+        assert gpt.generate_ids(eager.prompts[4], max_new_tokens=40) == eager.new[4][:40]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not tell allowed CPUs")
+def test_threads_are_capped_at_the_cpus_allowed(bundles: Path) -> None:
+    from gptedge_runtime.session import count_threads
+
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert count_threads(None) == count_threads(64) == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
