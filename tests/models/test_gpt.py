@@ -154,9 +154,7 @@ def test_parameter_count_follows_from_the_sizes_layer_by_layer() -> None:
 )
 def test_configs_have_the_published_sizes_of_gpt2(size: str, count: int) -> None:
     with torch.device("meta"):
-        model = GPTModel(
-            {**CONFIGS[f"gpt2-{size}"].to_dict(), "qkv_bias": True}
-        )  # as GPT-2 has, whose head is tied
+        model = GPTModel({**CONFIGS[f"gpt2-{size}"].to_dict(), "qkv_bias": True})  # as GPT-2 has, whose head is tied
     model.out_head.weight = model.tok_emb.weight
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert model.config.head_dim == 64

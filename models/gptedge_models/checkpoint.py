@@ -1,0 +1,252 @@
+"""Checkpoints to models: :func:`load_checkpoint`."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gpt import CONFIGS, GPTConfig, GPTModel
+from .hf import download, hugging_face, translate_config
+from .layout import Part, Plan, Shape, book, empty_model, shapes
+from .weights import MESSAGE_LENGTH, CheckpointError, CheckpointNotFoundError, Stored, Weights, label, open_weights
+
+__all__ = ["CheckpointError", "CheckpointNotFoundError", "load_checkpoint"]
+
+RECOGNISERS = (book, hugging_face)  # stored names -> Plan, or None where the names are not theirs
+
+_DEMO = Path(__file__).parent / "demo"
+_HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Name, rank and axis where a size can be seen: what most say counts, so that one wrong tensor is the one that is named.
+_SIZES = {
+    "vocab_size": (("tok_emb.weight", 2, 0), ("out_head.weight", 2, 0)),
+    "context_length": (("pos_emb.weight", 2, 0), ("trf_blocks.0.att.mask", 2, 0)),
+    "emb_dim": (("tok_emb.weight", 2, 1), ("pos_emb.weight", 2, 1), ("final_norm.scale", 1, 0)),
+}
+
+
+def load_checkpoint(
+    source: str | Path, *, config: GPTConfig | Mapping[str, Any] | str | Path | None = None, seed: int = 123
+) -> GPTModel:
+    """Return the model of a checkpoint, float32, in eval mode.
+
+    ``source``: ``"demo"``; ``"random"`` (the book's weights for ``seed``; needs ``config``); ``"gpt2"``,
+    ``"gpt2-medium"``, ``"gpt2-large"``, ``"gpt2-xl"`` or another hub id ``owner/name``; or a path: the book's ``.pth``
+    (a state dict, or a dict that holds one as ``model_state_dict``), a safetensors file with the book's names, or a
+    Hugging Face GPT-2 folder. ``config``: a :class:`GPTConfig`, the book's dict, a name in ``CONFIGS`` or a JSON file;
+    needed where the checkpoint does not say ``n_heads``.
+
+    A head equal to the embedding shares its memory. The float32 weights of a ``.pth`` stay mapped: while the model
+    lives, replace the file by renaming, never write into it. Raises :class:`CheckpointError`, also for every tensor
+    that is missing, unexpected, mis-shaped, not a float or not finite; a missing file is a ``FileNotFoundError`` too.
+    """
+    given = _given(config)
+    if source == "random":
+        return _random(given, seed)
+    path = _locate(source)
+    weights = open_weights(path)
+    plan = _recognise(path, weights)
+    seen = {**plan.facts, **_sizes(plan, weights)}
+    facts = _agree(path, {"the given config": given, "config.json": _beside(path, plan), "the tensors": seen})
+    tied = facts.pop("tie_word_embeddings", False)
+    model = empty_model(_complete(path, facts))
+    state = _read(path, weights, plan, shapes(model))
+    if tied and state["out_head.weight"] is not state["tok_emb.weight"]:
+        raise CheckpointError(f"{label(path)} has lm_head unlike wte: set tie_word_embeddings false in config.json")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _random(given: dict[str, Any], seed: int) -> GPTModel:
+    given.pop("tie_word_embeddings", None)
+    if not given:
+        raise CheckpointError(f"random needs a config: give --config, one of {', '.join(CONFIGS)}, or a JSON file")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise CheckpointError(f"seed is {seed!r:.40}: give a whole number from 0 to 2**63 - 1")
+    config = _make_config("the given config", given)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # as torch.manual_seed, but leaves the generators of GPUs alone
+        try:
+            return GPTModel(config).eval()
+        except RuntimeError:
+            raise CheckpointError("random: no memory for a model of this config: choose smaller sizes") from None
+
+
+def _locate(source: str | Path) -> Path:
+    if source == "demo":
+        return _DEMO
+    if source in _HUB_NAMES:
+        return download(_HUB_NAMES[str(source)])
+    path = Path(source)
+    is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", source)
+    if is_hub_id and not path.exists() and path.suffix not in (".pth", ".pt", ".safetensors"):
+        return download(str(source))
+    return path
+
+
+def _recognise(path: Path, weights: Weights) -> Plan:
+    for recognise in RECOGNISERS:
+        if plan := recognise(weights.keys()):
+            return plan
+    names = ", ".join(f"{name:.50}" for name in list(weights)[:3])
+    raise CheckpointError(f"{label(path)} holds another model ({names}, ...): give the book's GPTModel or GPT-2")
+
+
+def _given(config: GPTConfig | Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
+    """Return the settings that a config states; a name in ``CONFIGS`` states sizes only."""
+    if config is None:
+        return {}
+    if isinstance(config, GPTConfig):
+        return config.to_dict()
+    if isinstance(config, Mapping):
+        return dict(config)
+    if config in CONFIGS:
+        settings = CONFIGS[str(config)].to_dict()
+        return {name: settings[name] for name in settings if name not in ("drop_rate", "qkv_bias")}
+    if Path(config).suffix != ".json":
+        raise CheckpointError(f"config {label(config)} is neither one of {', '.join(CONFIGS)} nor a .json file")
+    return _read_config(Path(config))
+
+
+def _beside(path: Path, plan: Plan) -> dict[str, Any]:
+    """Return what the ``config.json`` of a folder states; Hugging Face's layout means nothing without one."""
+    file = path / "config.json"
+    if path.is_dir() and file.exists():
+        return _read_config(file)
+    if plan.needs_config:
+        raise CheckpointNotFoundError(f"{label(path)} is GPT-2 without config.json: give the folder that holds both")
+    return {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(f"{label(path)} does not exist: check the path") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{label(path)} is no readable JSON file ({type(error).__name__}): correct it") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{label(path)} holds a JSON {type(values).__name__}: give an object with the settings")
+    return translate_config(values, path) if {"model_type", "n_embd"} & values.keys() else values
+
+
+def _agree(path: Path, statements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge what each source states; two that differ are an error naming both. Dropout is the first source's choice."""
+    facts: dict[str, Any] = {}
+    by: dict[str, str] = {}
+    conflicts = []
+    for source, settings in statements.items():
+        for name, value in settings.items():
+            if name in facts and facts[name] != value and name != "drop_rate":
+                conflicts.append(f"{by[name]} says {name} {facts[name]!r:.20}, {source} {value!r:.20}")
+            facts.setdefault(name, value)
+            by.setdefault(name, source)
+    if conflicts:
+        raise CheckpointError(f"{label(path)}: {'; '.join(conflicts[:3])}: correct the config or leave it out")
+    return facts
+
+
+def _sizes(plan: Plan, weights: Weights) -> dict[str, int]:
+    found = {part.names[0]: weights[name].shape for name, part in plan.parts.items() if name in weights}
+    sizes = {}
+    for size, places in _SIZES.items():
+        if seen := [found[name][axis] for name, rank, axis in places if len(found.get(name, ())) == rank]:
+            sizes[size] = mode(seen)
+    return sizes
+
+
+def _complete(path: Path, facts: dict[str, Any]) -> GPTConfig:
+    """Return the config of a checkpoint; ``n_heads`` leaves no trace in the tensors, so only GPT-2's sizes imply it."""
+    if unseen := _SIZES.keys() - facts.keys():  # then tensors are missing, which _read names whatever the sizes are
+        return _make_config(label(path), {**facts, **dict.fromkeys(unseen, 1), "n_heads": 1})
+    if "n_heads" not in facts:
+        sizes = ("vocab_size", "context_length", "emb_dim", "n_layers")
+        known = [c for c in CONFIGS.values() if all(getattr(c, size) == facts[size] for size in sizes)]
+        if not known:
+            raise CheckpointError(
+                f"{label(path)} does not say n_heads: give --config, one of {', '.join(CONFIGS)}, "
+                "or a JSON file that holds n_heads"
+            )
+        facts = {**facts, "n_heads": known[0].n_heads}
+    return _make_config(label(path), facts)
+
+
+def _make_config(source: str, settings: dict[str, Any]) -> GPTConfig:
+    try:
+        return GPTConfig.from_dict(settings)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def _read(path: Path, weights: Weights, plan: Plan, wanted: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Read the whole state dict, one stored tensor at a time; one error names all that is wrong."""
+    state: dict[str, Tensor] = {}
+    faults: dict[str, list[str]] = {
+        "missing": [name for name in plan.parts if name not in weights],
+        "unexpected": [name for name in weights if name not in plan.parts and name not in plan.ignored],
+    }
+    for name in (name for name in plan.parts if name in weights):
+        part, found = plan.parts[name], weights[name].shape
+        expected = part.stored_shape(wanted[part.names[0]])
+        if found != expected:
+            faults.setdefault("wrong shape", []).append(f"{name} {found} not {expected}")
+            continue
+        tensors, fault = _take(part, weights[name])
+        state |= tensors
+        if fault:
+            faults.setdefault(fault, []).append(name)
+    if any(faults.values()):
+        raise CheckpointError(_explain(path, faults))
+    return _completed(state, wanted)
+
+
+def _take(part: Part, stored: Stored) -> tuple[dict[str, Tensor], str]:
+    """Return the model's tensors that a stored one holds, float32, and what is wrong with them or ``""``."""
+    is_mask = part.names[0].endswith(".mask")
+    whole = stored.read()
+    if whole.layout is not torch.strided or whole.is_meta:
+        return {}, "without values"
+    if whole.dtype not in _FLOATS and not (is_mask and whole.dtype is torch.bool):
+        return {}, f"{whole.dtype} not float32"
+    tensors = {
+        name: piece.to(torch.float32, copy=not stored.lasting, memory_format=torch.contiguous_format).contiguous()
+        for name, piece in part.split(whole)
+    }
+    if is_mask:
+        return tensors, "" if all(torch.equal(t, _causal_mask(len(t))) for t in tensors.values()) else "not causal"
+    ends = torch.stack([end for tensor in tensors.values() for end in torch.aminmax(tensor)])  # NaN spreads to both
+    return tensors, "" if ends.isfinite().all() else "not finite"
+
+
+def _completed(state: dict[str, Tensor], wanted: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Add the masks that are missing; let a head equal to the embedding share its memory."""
+    for name, shape in wanted.items():
+        if name.endswith(".mask") and name not in state:
+            state[name] = _causal_mask(shape[0])
+    embedding = state["tok_emb.weight"]
+    if torch.equal(state.setdefault("out_head.weight", embedding), embedding):
+        state["out_head.weight"] = embedding
+    return state
+
+
+def _causal_mask(length: int) -> Tensor:
+    return torch.triu(torch.ones(length, length, device="cpu", dtype=torch.float32), diagonal=1)
+
+
+def _explain(path: Path, faults: dict[str, list[str]]) -> str:
+    """Name as many tensors of each fault as one line holds, and count the others."""
+    for shown in (3, 2, 1):
+        lists = []
+        for fault, names in faults.items():
+            rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+            if names:
+                lists.append(f"{fault} {', '.join(f'{name:.100}' for name in names[:shown])}{rest}")
+        line = f"{label(path)}: tensors {'; '.join(lists)}: save the state dict again"
+        if len(line) <= MESSAGE_LENGTH:
+            break
+    return line

@@ -1,0 +1,94 @@
+"""GPT-2 as Hugging Face stores it: names and transposes, ``config.json``, the hub."""
+
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from .layout import Part, Plan, count_blocks
+from .weights import CheckpointError, CheckpointNotFoundError, label
+
+# In config.json: the names of the sizes, and the settings of which the book's GPT knows one value only.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+    "n_embd": "emb_dim",
+    "n_head": "n_heads",
+    "n_layer": "n_layers",
+}
+_FIXED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+_BLOCK = {
+    "attn.c_attn.weight": Part(("att.W_query.weight", "att.W_key.weight", "att.W_value.weight"), transposed=True),
+    "attn.c_attn.bias": Part(("att.W_query.bias", "att.W_key.bias", "att.W_value.bias")),
+    "attn.c_proj.weight": Part(("att.out_proj.weight",), transposed=True),
+    "attn.c_proj.bias": Part(("att.out_proj.bias",)),
+    "mlp.c_fc.weight": Part(("ff.layers.0.weight",), transposed=True),
+    "mlp.c_fc.bias": Part(("ff.layers.0.bias",)),
+    "mlp.c_proj.weight": Part(("ff.layers.2.weight",), transposed=True),
+    "mlp.c_proj.bias": Part(("ff.layers.2.bias",)),
+    "ln_1.weight": Part(("norm1.scale",)),
+    "ln_1.bias": Part(("norm1.shift",)),
+    "ln_2.weight": Part(("norm2.scale",)),
+    "ln_2.bias": Part(("norm2.shift",)),
+}
+
+
+def hugging_face(names: Set[str]) -> Plan | None:
+    """Recognise the state dict of ``GPT2LMHeadModel`` or ``GPT2Model``."""
+    root = "transformer." if any(name.startswith("transformer.") for name in names) else ""
+    if not any(name == f"{root}wte.weight" or name.startswith(f"{root}h.0.attn.c_") for name in names):
+        return None
+    n_layers = count_blocks(rf"{root}h\.(\d+)\.", names)
+    parts = {f"{root}wte.weight": Part(("tok_emb.weight",)), f"{root}wpe.weight": Part(("pos_emb.weight",))}
+    for i in range(n_layers):
+        for name, part in _BLOCK.items():
+            ours = tuple(f"trf_blocks.{i}.{target}" for target in part.names)
+            parts[f"{root}h.{i}.{name}"] = Part(ours, part.transposed)
+    parts |= {f"{root}ln_f.weight": Part(("final_norm.scale",)), f"{root}ln_f.bias": Part(("final_norm.shift",))}
+    facts: dict[str, Any] = {"n_layers": n_layers, "qkv_bias": True}
+    if "lm_head.weight" in names:
+        parts["lm_head.weight"] = Part(("out_head.weight",))
+    else:
+        facts["tie_word_embeddings"] = True
+    masks = frozenset(f"{root}h.{i}.attn.{name}" for i in range(n_layers) for name in ("bias", "masked_bias"))
+    return Plan(facts, parts, masks, needs_config=True)
+
+
+def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Translate GPT-2's ``config.json`` into the book's settings, and ``tie_word_embeddings``.
+
+    Raises :class:`CheckpointError` that names each setting which makes it another architecture.
+    """
+    wrong = [f"{key} {values[key]!r} (only {only!r})" for key, only in _FIXED.items() if values.get(key, only) != only]
+    width, inner = values.get("n_embd"), values.get("n_inner")
+    if inner is not None and isinstance(width, int) and inner != 4 * width:
+        wrong.append(f"n_inner {inner!r} (only 4 n_embd = {4 * width})")
+    if wrong:
+        raise CheckpointError(f"{label(path)} describes another architecture than the book's: {', '.join(wrong)}")
+    sizes = {ours: values[theirs] for theirs, ours in _SIZES.items() if theirs in values}
+    return {**sizes, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+
+
+def download(hub_id: str) -> Path:
+    """Fetch config and weights of a hub repository, or find them in the hub's cache; returns their folder."""
+    from huggingface_hub import snapshot_download  # takes a while to import, and is needed only here
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    files = ["config.json", "model.safetensors", "model-*-of-*.safetensors"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except LocalEntryNotFoundError:
+        cause = "the hub cannot be reached"
+    except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
+        cause = type(error).__name__
+    raise CheckpointNotFoundError(
+        f"{label(hub_id)} could not be fetched from the Hugging Face hub ({cause}): "
+        "check name and network, or give the path of a downloaded folder"
+    )
