@@ -1,7 +1,7 @@
 """Write the bundles that tests/runtime reads, and what the eager model says about them: make_bundles.py FOLDER.
 
-It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/demo
-the demo model; beside each stands a .npz with the ids and logits of the book's own functions.
+It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
+of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 """
 
 import sys
@@ -16,6 +16,7 @@ from gptedge_models import demo as demo_model
 from numpy.typing import NDArray
 
 TINY = GPTConfig(vocab_size=270, context_length=32, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
+ODD = GPTConfig(vocab_size=257, context_length=7, emb_dim=15, n_heads=3, n_layers=1, drop_rate=0.0)
 LENGTHS = (1, 2, 5, 17, 31, 32, 40)  # of prompts: up to the context, at it, beyond it
 MIN_MARGIN = 1e-3  # between the two largest logits of every choice, far above the rounding of any CPU
 
@@ -26,9 +27,9 @@ def tiny_vocabulary() -> Vocabulary:
     return Vocabulary([bytes([byte]) for byte in range(256)] + merges, {"<|endoftext|>": 261})
 
 
-def tiny_model() -> GPTModel:
+def random_model(config: GPTConfig) -> GPTModel:
     torch.manual_seed(123)
-    model = GPTModel(TINY).eval()
+    model = GPTModel(config).eval()
     for name, weight in model.named_parameters():
         if ".att." in name and name.endswith("weight"):
             weight.data *= 4  # attention counts, so that a fault in the cache changes ids
@@ -67,9 +68,12 @@ def _clear_choices(model: GPTModel, prompt: list[int], new_tokens: int) -> list[
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny_model()
+    model = random_model(TINY)
     export_bundle(model, folder / "tiny", vocabulary=tiny_vocabulary(), force=True)
     write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
+    model = random_model(ODD)
+    export_bundle(model, folder / "odd", vocabulary=load_vocabulary("bytes"), force=True)
+    write_oracle(folder / "odd.npz", model, (3, 9), new_tokens=24)
     model = load_checkpoint("demo")
     vocabulary = load_vocabulary(str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken"))
     export_bundle(model, folder / "demo", vocabulary=vocabulary, force=True)

@@ -51,8 +51,8 @@ class Session:
         return Cache(self, batch, capacity)
 
     def new_key_values(self, batch: int, capacity: int) -> list[NDArray[np.float32]]:
-        """Return one zeroed array (B, n_heads, capacity, head_dim) for each entry of ``cache_names``."""
-        shape = (batch, self.model.n_heads, capacity, self.model.head_dim)
+        """Return one zeroed array (B, n_heads, capacity, cache_width) for each entry of ``cache_names``."""
+        shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
         return [np.zeros(shape, np.float32) for _ in self.cache_names]
 
     def forward(self, ids: Ids) -> Logits:
@@ -256,9 +256,14 @@ def cache_names(model: ModelConfig) -> list[str]:
     return [f"{layer}.{kind}" for layer in range(model.n_layers) for kind in ("key", "value")]
 
 
+def cache_width(model: ModelConfig) -> int:
+    """Return the width of a head in the cache: its own, rounded up to a multiple of 8."""
+    return -(-model.head_dim // 8) * 8
+
+
 def decode_contract(model: ModelConfig) -> GraphSpec:
     """Return the inputs and outputs that decode.onnx must have for a model of these sizes."""
-    cache = ("batch_size", model.n_heads, "max_sequence_length", model.head_dim)
+    cache = ("batch_size", model.n_heads, "max_sequence_length", cache_width(model))
     tokens = ("batch_size", "sequence_length")
     inputs = [
         TensorSpec("input_ids", "int64", tokens),

@@ -36,8 +36,14 @@ def tiny(bundles: Path) -> Iterator[GPT]:
 
 
 @pytest.fixture(scope="session")
-def eager(bundles: Path) -> "Eager":
-    return Eager(bundles / "tiny.npz")
+def answers(bundles: Path) -> Callable[[str], "Eager"]:
+    return lambda name: Eager(bundles / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def eager(answers: Callable[[str], "Eager"]) -> "Eager":
+    """Of the model ``tiny``."""
+    return answers("tiny")
 
 
 class Eager:

@@ -26,6 +26,14 @@ def test_a_batch_too_large_for_one_run_equals_its_rows(tiny: GPT, eager: Any) ->
     assert tiny.generate_ids(eager.prompts * 20, max_new_tokens=8) == [new[:8] for new in eager.new] * 20
 
 
+@pytest.mark.parametrize("name", ["demo", "odd"])  # odd: heads of 5, which the cache fills up to 8
+def test_other_models_equal_eager(bundles: Path, answers: Any, name: str) -> None:
+    eager = answers(name)
+    with load(bundles / name) as gpt:
+        assert gpt.generate_ids(eager.prompts, max_new_tokens=24) == eager.new
+        np.testing.assert_allclose(gpt.logits(eager.ids), eager.logits, rtol=0, atol=eager.atol)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 31])
 def test_exactly_as_many_ids_as_asked(tiny: GPT, eager: Any, count: int) -> None:
     assert tiny.generate_ids(eager.prompts[2], max_new_tokens=count) == eager.new[2][:count]
