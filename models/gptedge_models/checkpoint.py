@@ -73,7 +73,7 @@ def _random(given: dict[str, Any], seed: int) -> GPTModel:
         torch.default_generator.manual_seed(seed)  # as torch.manual_seed, but leaves the generators of GPUs alone
         try:
             return GPTModel(config).eval()
-        except RuntimeError:
+        except (RuntimeError, TypeError):  # the allocator's answer, and torch's to sizes of more than 63 bits
             raise CheckpointError("random: no memory for a model of this config: choose smaller sizes") from None
 
 

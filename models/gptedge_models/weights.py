@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 MESSAGE_LENGTH = 300
@@ -130,9 +130,7 @@ def _open_safetensors(path: Path) -> Weights:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
-    except OSError:
-        raise
-    except Exception:  # SafetensorError says in Rust's words what is wrong
+    except SafetensorError:
         raise CheckpointError(f"{label(path)} is cut short or no safetensors file: copy or download it again") from None
     return {name: Stored(shape, _reader(path, name), lasting=False) for name, shape in zip(names, shapes, strict=True)}
 
@@ -140,8 +138,11 @@ def _open_safetensors(path: Path) -> Weights:
 def _reader(path: Path, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         with safe_open(path, framework="pt") as file:  # opened anew: each tensor then has a mapping of its own
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except SafetensorError:
+                raise CheckpointError(f"{label(path)}: {name:.100} is no float32: save the model as float32") from None
+        return tensor
 
     return read
 

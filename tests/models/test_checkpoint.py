@@ -1,5 +1,6 @@
 import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -137,6 +138,18 @@ def test_head_equal_to_the_embedding_shares_its_memory(model: GPTModel, tmp_path
     assert loaded.out_head.weight.data_ptr() == loaded.tok_emb.weight.data_ptr()
 
 
+def test_checkpoint_saved_on_a_gpu_loads_without_one(model: GPTModel, tmp_path: Path) -> None:
+    path = save_bare(model, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:  # the device of each tensor is a string in the pickle
+        for name, content in files.items():
+            archive.writestr(name, content.replace(b"X\3\0\0\0cpu", b"X\6\0\0\0cuda:0"))
+    with pytest.raises(RuntimeError, match="cuda"):
+        torch.load(path, map_location={}, weights_only=True)
+    assert equal(load_checkpoint(path, config=model.config).state_dict(), model.state_dict())
+
+
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["model's", "reversed"])
 def test_strides_and_order_of_the_file_do_not_matter(model: GPTModel, tmp_path: Path, order: slice) -> None:
     state = {name: t.t().clone().t() if t.ndim == 2 else t for name, t in [*model.state_dict().items()][order]}
@@ -185,8 +198,9 @@ def test_random_asks_for_a_config(refusal: Refusal) -> None:
     assert "--config" in str(refusal("random"))
 
 
-def test_random_too_large_for_the_machine_is_refused(refusal: Refusal, tiny: GPTConfig) -> None:
-    assert "no memory" in str(refusal("random", config={**tiny.to_dict(), "vocab_size": 2**50}))
+@pytest.mark.parametrize("vocab_size", [2**50, 2**70])
+def test_random_too_large_for_the_machine_is_refused(refusal: Refusal, tiny: GPTConfig, vocab_size: int) -> None:
+    assert "no memory" in str(refusal("random", config={**tiny.to_dict(), "vocab_size": vocab_size}))
 
 
 @pytest.mark.parametrize("form", ["config", "dict", "file", "path", "only heads"])

@@ -1,7 +1,9 @@
 import contextlib
 import io
+import json
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +132,17 @@ def test_weights_without_plain_values_are_refused(
 ) -> None:
     path = save({**state, "out_head.weight": change(state["out_head.weight"])}, tmp_path / "model.pth")
     assert "without values out_head.weight" in str(refusal(path, config=tiny))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "F6_E2M3", "C64", "BOOL", "U16"])
+def test_other_types_of_safetensors_are_refused(refusal: Refusal, tiny: GPTConfig, tmp_path: Path, dtype: str) -> None:
+    n_bytes = tiny.vocab_size * tiny.emb_dim * {"F4": 4, "F6_E2M3": 6, "C64": 64, "U16": 16}.get(dtype, 8) // 8
+    shape = [tiny.vocab_size, tiny.emb_dim]
+    header = json.dumps({"tok_emb.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, n_bytes]}}).encode()
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(n_bytes))
+    message = str(refusal(tmp_path / "m.safetensors", config={**tiny.to_dict(), "n_layers": 1, "qkv_bias": False}))
+    assert "tok_emb.weight" in message
+    assert "float32" in message
 
 
 class Unsafe:
