@@ -12,6 +12,7 @@ from .errors import (
 )
 from .generate import Sampling
 from .gpt import GPT, load
+from .stream import TextStream
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it when it is imported, which `load` does
 
@@ -23,6 +24,7 @@ __all__ = [
     "InputError",
     "ProviderError",
     "Sampling",
+    "TextStream",
     "VerificationError",
     "load",
 ]

@@ -16,7 +16,7 @@ from .stream import TextStream
 from .verify import verify
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="gptedge")
 def cli() -> None:
     """Generate text from a bundle that export-onnx wrote, without PyTorch."""
@@ -25,7 +25,7 @@ def cli() -> None:
 @cli.command("generate")
 @click.argument("bundle")
 @click.argument("prompt", required=False)
-@click.option("-f", "--file", help="Read the prompt from this file.")
+@click.option("-f", "--file", metavar="FILE", help="Read the prompt from this file.")
 @click.option("-n", "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, show_default=True, help="Tokens to make.")
 @click.option("--stop", metavar="TEXT", help="End before this text.")
 @click.option(
@@ -39,7 +39,13 @@ def cli() -> None:
 @click.option("--top-k", type=int, help="Draw from the K most likely tokens.")
 @click.option("--top-p", type=float, help="Draw from the most likely tokens that reach probability P together.")
 @click.option("--seed", type=int, help="Draw the same tokens again.")
-@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--provider",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to run on; another one is never taken in its place.",
+)
 @click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: ids, text, reason of the end, times.")
@@ -73,13 +79,13 @@ def generate_command(
     with load(bundle, provider=provider, threads=threads) as gpt:
         stream = gpt.stream(text, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow, sampling=sampling)
         if as_json:
-            click.echo(_to_json(stream, gpt.provider))
+            _write(_to_json(stream, gpt.provider))
         elif no_stream:
-            click.echo("".join(stream))
+            _write("".join(stream))
         else:
             for piece in stream:
-                click.echo(piece, nl=False)  # echo flushes
-            click.echo()
+                _write(piece)
+        _write("\n")
 
 
 @cli.command("verify")
@@ -97,6 +103,12 @@ def info_command(bundle: str) -> None:
     """Print what BUNDLE holds, after checking its files."""
     for name, value in _facts(open_bundle(bundle)).items():
         click.echo(f"{name:<11} {value}")
+
+
+def _write(text: str) -> None:
+    """Write and flush; ``click.echo`` would take terminal sequences out of the text."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The installed command ``gptedge``, in a process of its own."""
 
+import base64
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gptedge_runtime import GPT
+from gptedge_runtime import GPT, Sampling, load
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -82,6 +83,18 @@ def test_stop_cuts_the_text(bundles: Path, tiny: GPT) -> None:
     stop = next(letter for letter in whole[3:] if letter.isalnum())
     done = gptedge("generate", bundles / "tiny", "hello", "-n", 40, "--stop", stop)
     assert done.stdout.decode() == whole.partition(stop)[0] + "\n"
+
+
+def test_terminal_sequences_in_the_text_go_through_a_pipe(bundle: Path, edit: Edit) -> None:
+    ranks = bundle / "tokenizer.tiktoken"
+    red = base64.b64encode(b"\x1b[31m")
+    ranks.write_bytes(b"".join(red + b" 256\n" if i == 256 else line for i, line in enumerate(ranks.open("rb"))))
+    edit(lambda manifest: manifest["tokenizer"].update(eos_token_id=None))
+    done = gptedge("generate", bundle, "hi", "-n", 2000, "--temperature", 100, "--seed", 1)
+    with load(bundle) as gpt:
+        text = gpt.generate("hi", max_new_tokens=2000, sampling=Sampling(temperature=100, seed=1))
+    assert "\x1b[31m" in text
+    assert done.stdout.decode() == text + "\n"
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
