@@ -14,6 +14,7 @@ from ..commands import run
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT2LMHeadModel, Path]:
+    """The model, and the bundle exported from the folder that transformers saved it to."""
     torch.manual_seed(3)
     config = GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=4)
     model = GPT2LMHeadModel(config).eval()
@@ -21,17 +22,15 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT2LMHeadMo
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)  # biases and norms that are not the identity
     folder = tmp_path_factory.mktemp("hugging-face")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-def test_a_hugging_face_folder_exports_to_transformers_logits(
-    hugging_face: tuple[GPT2LMHeadModel, Path], tmp_path: Path
-) -> None:
-    model, folder = hugging_face
-    result = run("export-onnx", folder, "--tokenizer", "bytes", "-o", tmp_path / "bundle")
+    model.save_pretrained(folder / "model")
+    result = run("export-onnx", folder / "model", "--tokenizer", "bytes", "-o", folder / "bundle")
     assert result.returncode == 0, result.stderr
-    session = ort.InferenceSession(str(tmp_path / "bundle/onnx/forward.onnx"), providers=["CPUExecutionProvider"])
+    return model, folder / "bundle"
+
+
+def test_a_hugging_face_folder_exports_to_transformers_logits(hugging_face: tuple[GPT2LMHeadModel, Path]) -> None:
+    model, bundle = hugging_face
+    session = ort.InferenceSession(str(bundle / "onnx/forward.onnx"), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(300, size=(2, 32))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
@@ -39,16 +38,14 @@ def test_a_hugging_face_folder_exports_to_transformers_logits(
     np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, rtol=0, atol=atol)
 
 
-def test_its_tied_head_is_stored_once(hugging_face: tuple[GPT2LMHeadModel, Path], tmp_path: Path) -> None:
-    model, folder = hugging_face
-    assert run("export-onnx", folder, "--tokenizer", "bytes", "-o", tmp_path / "bundle").returncode == 0
-    size = (tmp_path / "bundle/onnx/model.onnx_data").stat().st_size
+def test_its_tied_head_is_stored_once(hugging_face: tuple[GPT2LMHeadModel, Path]) -> None:
+    model, bundle = hugging_face
+    size = (bundle / "onnx/model.onnx_data").stat().st_size
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())  # counts the shared tensor once
     assert size <= weights + 64 * len(list(model.parameters()))
 
 
-def test_its_config_reads_back_in_transformers(hugging_face: tuple[GPT2LMHeadModel, Path], tmp_path: Path) -> None:
-    _, folder = hugging_face
-    assert run("export-onnx", folder, "--tokenizer", "bytes", "-o", tmp_path / "bundle").returncode == 0
-    config = GPT2Config(**json.loads((tmp_path / "bundle/config.json").read_text()))
+def test_its_config_reads_back_in_transformers(hugging_face: tuple[GPT2LMHeadModel, Path]) -> None:
+    _, bundle = hugging_face
+    config = GPT2Config(**json.loads((bundle / "config.json").read_text()))
     assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (2, 4, 32, 32)
