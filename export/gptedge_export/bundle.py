@@ -21,7 +21,7 @@ from .verify import Check, verify
 from .vocabulary import Vocabulary
 
 DEFAULT_OPSET = 20
-"""The lowest opset with Gelu as one operator; ONNX Runtime reads it since 1.17 (docs/performance.md)."""
+"""The lowest opset with Gelu as one operator; ONNX Runtime reads it since 1.18 (docs/performance.md)."""
 
 OPSETS = range(18, 24)
 """18 brings LayerNormalization; above 23 the exporter writes what ONNX Runtime 1.23 does not read."""
