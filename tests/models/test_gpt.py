@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from gptedge_models import CONFIGS, GPTConfig, GPTModel, generate_text_simple, load_checkpoint
+from gptedge_models.gpt import GELU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -104,14 +105,21 @@ def test_norms_start_as_the_identity(model: GPTModel) -> None:
     assert all((state[name] == 0).all() for name in state if name.endswith(".shift"))
 
 
-def test_norms_scale_and_shift(tiny: GPTConfig) -> None:
+@pytest.mark.parametrize("spread", [10.0, 1.0, 0.001])  # the last one shows the epsilon
+def test_norm_is_that_of_torch(tiny: GPTConfig, spread: float) -> None:
     norm = GPTModel(tiny).final_norm
     with torch.no_grad():
         norm.scale.normal_()
         norm.shift.normal_()
-    x = torch.randn(3, tiny.emb_dim)
+    x = spread * torch.randn(3, tiny.emb_dim)
     expected = layer_norm(x, (tiny.emb_dim,), norm.scale, norm.shift, eps=1e-5)
     torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)  # the order of summation differs
+
+
+def test_gelu_is_the_tanh_one_of_torch() -> None:
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    # the book's sqrt(2 / pi) is float32; another constant (0.0447) would differ by 8e-6, erf by 5e-4
+    torch.testing.assert_close(GELU()(x), gelu(x, approximate="tanh"), atol=1e-6, rtol=0)
 
 
 def test_state_dict_has_the_names_of_the_book_in_their_order() -> None:
