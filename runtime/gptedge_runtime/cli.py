@@ -1,5 +1,6 @@
 """The command ``gptedge``: text on stdout and nothing else, one line on stderr when something is wrong."""
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from .generate import Sampling
 from .gpt import DEFAULT_NEW_TOKENS, load
 from .stream import TextStream
 from .verify import verify
+from .web import Server, site, write_site
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -103,6 +105,28 @@ def info_command(bundle: str) -> None:
     """Print what BUNDLE holds, after checking its files."""
     for name, value in _facts(open_bundle(bundle)).items():
         click.echo(f"{name:<11} {value}")
+
+
+@cli.command("web")
+@click.argument("bundle")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--output", metavar="DIR", help="Write the page to this folder, for any web server, and serve nothing.")
+@click.option("--ort", metavar="DIR", help="Where onnxruntime-web's files are, if not in node_modules here or above.")
+def web_command(bundle: str, port: int, output: str | None, ort: str | None) -> None:
+    """Serve a page that runs BUNDLE in the browser's tab, to this computer only.
+
+    \b
+    npm install onnxruntime-web
+    gptedge web build/demo
+    """
+    files = site(open_bundle(bundle), ort)
+    if output is not None:
+        write_site(files, output)
+        click.echo(f"wrote {len(files)} files to {output}")
+        return
+    with Server(files, port) as server, contextlib.suppress(KeyboardInterrupt):
+        click.echo(f"{server.url} (Ctrl+C ends it)")
+        server.serve_forever()
 
 
 def _write(text: str) -> None:
