@@ -28,7 +28,7 @@ def companions(config: GPTConfig, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _config(config: GPTConfig) -> dict[str, Any]:
-    """The names of transformers' GPT2Config."""
+    """The names of transformers' GPT2Config; to transformers.js, fp32 is onnx/model.onnx, with one file of weights."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -41,6 +41,7 @@ def _config(config: GPTConfig) -> dict[str, Any]:
         "n_layer": config.n_layers,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": False,
+        "transformers.js_config": {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}},
     }
 
 
