@@ -4,11 +4,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import click
-import gptedge_models
 from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
-from gptedge_runtime.command import run
+from gptedge_models import demo as demo_model
+from gptedge_runtime.errors import GptEdgeError, one_line
 
 from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .errors import ExportError
@@ -52,10 +53,7 @@ def command(
     checkpoint.
     """
     started = time.perf_counter()
-    try:
-        model = load_checkpoint(source, config=config, seed=seed)
-    except CheckpointError as error:
-        raise ExportError(str(error)) from error
+    model = load_checkpoint(source, config=config, seed=seed)
     vocabulary = load_vocabulary(tokenizer or default_tokenizer(source, model))
     progress = sys.stderr.isatty() and not quiet
     report = export_bundle(model, output, vocabulary=vocabulary, opset=opset, force=force, progress=progress)
@@ -68,7 +66,7 @@ def command(
 def default_tokenizer(source: str, model: GPTModel) -> str:
     """The vocabulary that comes with the source, else GPT-2's where the model has its size."""
     if source == "demo":
-        return str(Path(gptedge_models.__file__).parent / "demo" / "tokenizer.tiktoken")
+        return str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken")
     if Path(source).is_dir():
         return source
     if model.config.vocab_size == CONFIGS["gpt2-small"].vocab_size:
@@ -98,6 +96,22 @@ def _text(report: Report, seconds: float) -> str:
     )
 
 
-def main() -> None:
-    """Run the command: exit code 0, 1 our bug, 2 the user's mistakes, 3 for failed parity, 130 when interrupted."""
-    sys.exit(run(command, "export-onnx", sys.argv[1:]))
+def main() -> NoReturn:
+    """Run the command: exit code 0, 2 for the user's mistakes, 3 for failed parity, 130 when interrupted."""
+    try:
+        command.main(standalone_mode=False)
+        code = 0
+    except click.exceptions.Abort:
+        code = _fail("interrupted", 130)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    except GptEdgeError as error:
+        code = _fail(str(error), error.exit_code)
+    except CheckpointError as error:
+        code = _fail(str(error), 2)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {one_line(message)}", err=True)
+    return code

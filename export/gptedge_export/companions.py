@@ -32,7 +32,7 @@ def _config(config: GPTConfig) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "activation_function": "gelu_new",
+        "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "n_ctx": config.context_length,
         "n_positions": config.context_length,

@@ -55,11 +55,12 @@ class Block(nn.Module):
         self.qkv = pack([att.W_query, att.W_key, att.W_value])
         self.out_proj = att.out_proj
         self.up, self.down = block.ff.layers[0], block.ff.layers[2]
+        self.gelu = "none" if isinstance(block.ff.layers[1], nn.GELU) else "tanh"
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         x = x + self.out_proj(attend(layer, self.qkv(self.norm1(x))))
         widened: Tensor = self.up(self.norm2(x))  # (B*S, 4D)
-        out: Tensor = x + self.down(F.gelu(widened, approximate="tanh"))
+        out: Tensor = x + self.down(F.gelu(widened, approximate=self.gelu))
         return out
 
 

@@ -1,6 +1,5 @@
 """Checkpoints to models: :func:`load_checkpoint`."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .book import book
+from .files import open_weights
 from .gpt import CONFIGS, GPTConfig, GPTModel
-from .hf import download, hugging_face, translate_config
-from .layout import Part, Plan, Shape, book, empty_model, shapes
-from .weights import MESSAGE_LENGTH, CheckpointError, CheckpointNotFoundError, Stored, Weights, label, open_weights
+from .hf import download, hugging_face
+from .layout import Part, Plan, Shape, empty_model, shapes
+from .nanogpt import nanogpt
+from .settings import Settings, agree, given_settings, make_config, read_settings, translated
+from .weights import MESSAGE_LENGTH, CheckpointError, CheckpointNotFoundError, Stored, Weights, label
 
 __all__ = ["CheckpointError", "CheckpointNotFoundError", "load_checkpoint"]
 
-RECOGNISERS = (book, hugging_face)  # stored names -> Plan, or None where the names are not theirs
+RECOGNISERS = (book, nanogpt, hugging_face)  # names and shapes -> Plan, or None where the tensors are another's
 
 _DEMO = Path(__file__).parent / "demo"
 _HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -36,23 +39,28 @@ def load_checkpoint(
     """Return the model of a checkpoint, float32, in eval mode.
 
     ``source``: ``"demo"``; ``"random"`` (the book's weights for ``seed``; needs ``config``); ``"gpt2"``,
-    ``"gpt2-medium"``, ``"gpt2-large"``, ``"gpt2-xl"`` or another hub id ``owner/name``; or a path: the book's ``.pth``
-    (a state dict, or a dict that holds one as ``model_state_dict``), a safetensors file with the book's names, or a
-    Hugging Face GPT-2 folder. ``config``: a :class:`GPTConfig`, the book's dict, a name in ``CONFIGS`` or a JSON file;
-    needed where the checkpoint does not say ``n_heads``.
+    ``"gpt2-medium"``, ``"gpt2-large"``, ``"gpt2-xl"`` or another hub id ``owner/name``; or a path: a ``.pth`` of the
+    book or of its faster variants (a state dict, or a dict that holds one as ``model_state_dict``), a safetensors file
+    with the book's names, nanoGPT's ``ckpt.pt``, or a Hugging Face GPT-2 folder. ``config``: a :class:`GPTConfig`, the
+    book's dict, a name in ``CONFIGS`` or a JSON file; needed where the checkpoint does not say ``n_heads``.
 
     A head equal to the embedding shares its memory. The float32 weights of a ``.pth`` stay mapped: while the model
     lives, replace the file by renaming, never write into it. Raises :class:`CheckpointError`, also for every tensor
     that is missing, unexpected, mis-shaped, not a float or not finite; a missing file is a ``FileNotFoundError`` too.
     """
-    given = _given(config)
+    given = given_settings(config)
     if source == "random":
         return _random(given, seed)
     path = _locate(source)
-    weights = open_weights(path)
+    weights, settings = open_weights(path)
     plan = _recognise(path, weights)
-    seen = {**plan.facts, **_sizes(plan, weights)}
-    facts = _agree(path, {"the given config": given, "config.json": _beside(path, plan), "the tensors": seen})
+    statements = {
+        "the given config": given,
+        "model_args": translated(settings, path),
+        "config.json": _beside(path, plan),
+        "the tensors": {**plan.facts, **_sizes(plan, weights)},
+    }
+    facts = {**plan.defaults, **agree(path, statements)}
     tied = facts.pop("tie_word_embeddings", False)
     model = empty_model(_complete(path, facts))
     state = _read(path, weights, plan, shapes(model))
@@ -62,13 +70,13 @@ def load_checkpoint(
     return model.eval()
 
 
-def _random(given: dict[str, Any], seed: int) -> GPTModel:
+def _random(given: Settings, seed: int) -> GPTModel:
     given.pop("tie_word_embeddings", None)
     if not given:
         raise CheckpointError(f"random needs a config: give --config, one of {', '.join(CONFIGS)}, or a JSON file")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise CheckpointError(f"seed is {seed!r:.40}: give a whole number from 0 to 2**63 - 1")
-    config = _make_config("the given config", given)
+    config = make_config("the given config", given)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # as torch.manual_seed, but leaves the generators of GPUs alone
         try:
@@ -90,65 +98,24 @@ def _locate(source: str | Path) -> Path:
 
 
 def _recognise(path: Path, weights: Weights) -> Plan:
+    stored = {name: tensor.shape for name, tensor in weights.items()}
     for recognise in RECOGNISERS:
-        if plan := recognise(weights.keys()):
+        if plan := recognise(stored):
             return plan
     names = ", ".join(f"{name:.50}" for name in list(weights)[:3])
     raise CheckpointError(f"{label(path)} holds another model ({names}, ...): give the book's GPTModel or GPT-2")
 
 
-def _given(config: GPTConfig | Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-    """Return the settings that a config states; a name in ``CONFIGS`` states sizes only."""
-    if config is None:
+def _beside(path: Path, plan: Plan) -> Settings:
+    """Return what the ``config.json`` beside the tensors states; Hugging Face's layout means nothing without one."""
+    if not (path.is_dir() or plan.needs_config):
         return {}
-    if isinstance(config, GPTConfig):
-        return config.to_dict()
-    if isinstance(config, Mapping):
-        return dict(config)
-    if config in CONFIGS:
-        settings = CONFIGS[str(config)].to_dict()
-        return {name: settings[name] for name in settings if name not in ("drop_rate", "qkv_bias")}
-    if Path(config).suffix != ".json":
-        raise CheckpointError(f"config {label(config)} is neither one of {', '.join(CONFIGS)} nor a .json file")
-    return _read_config(Path(config))
-
-
-def _beside(path: Path, plan: Plan) -> dict[str, Any]:
-    """Return what the ``config.json`` of a folder states; Hugging Face's layout means nothing without one."""
-    file = path / "config.json"
-    if path.is_dir() and file.exists():
-        return _read_config(file)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if file.exists():
+        return read_settings(file)
     if plan.needs_config:
-        raise CheckpointNotFoundError(f"{label(path)} is GPT-2 without config.json: give the folder that holds both")
+        raise CheckpointNotFoundError(f"{label(path)} is GPT-2 without config.json: put that file beside it")
     return {}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{label(path)} does not exist: check the path") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label(path)} is no readable JSON file ({type(error).__name__}): correct it") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{label(path)} holds a JSON {type(values).__name__}: give an object with the settings")
-    return translate_config(values, path) if {"model_type", "n_embd"} & values.keys() else values
-
-
-def _agree(path: Path, statements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge what each source states; two that differ are an error naming both. Dropout is the first source's choice."""
-    facts: dict[str, Any] = {}
-    by: dict[str, str] = {}
-    conflicts = []
-    for source, settings in statements.items():
-        for name, value in settings.items():
-            if name in facts and facts[name] != value and name != "drop_rate":
-                conflicts.append(f"{by[name]} says {name} {facts[name]!r:.20}, {source} {value!r:.20}")
-            facts.setdefault(name, value)
-            by.setdefault(name, source)
-    if conflicts:
-        raise CheckpointError(f"{label(path)}: {'; '.join(conflicts[:3])}: correct the config or leave it out")
-    return facts
 
 
 def _sizes(plan: Plan, weights: Weights) -> dict[str, int]:
@@ -160,10 +127,10 @@ def _sizes(plan: Plan, weights: Weights) -> dict[str, int]:
     return sizes
 
 
-def _complete(path: Path, facts: dict[str, Any]) -> GPTConfig:
+def _complete(path: Path, facts: Settings) -> GPTConfig:
     """Return the config of a checkpoint; ``n_heads`` leaves no trace in the tensors, so only GPT-2's sizes imply it."""
     if unseen := _SIZES.keys() - facts.keys():  # then tensors are missing, which _read names whatever the sizes are
-        return _make_config(label(path), {**facts, **dict.fromkeys(unseen, 1), "n_heads": 1})
+        return make_config(label(path), {**facts, **dict.fromkeys(unseen, 1), "n_heads": 1})
     if "n_heads" not in facts:
         sizes = ("vocab_size", "context_length", "emb_dim", "n_layers")
         known = [c for c in CONFIGS.values() if all(getattr(c, size) == facts[size] for size in sizes)]
@@ -173,14 +140,7 @@ def _complete(path: Path, facts: dict[str, Any]) -> GPTConfig:
                 "or a JSON file that holds n_heads"
             )
         facts = {**facts, "n_heads": known[0].n_heads}
-    return _make_config(label(path), facts)
-
-
-def _make_config(source: str, settings: dict[str, Any]) -> GPTConfig:
-    try:
-        return GPTConfig.from_dict(settings)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+    return make_config(label(path), facts)
 
 
 def _read(path: Path, weights: Weights, plan: Plan, wanted: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -202,6 +162,7 @@ def _read(path: Path, weights: Weights, plan: Plan, wanted: Mapping[str, Shape])
             faults.setdefault(fault, []).append(name)
     if any(faults.values()):
         raise CheckpointError(_explain(path, faults))
+    state |= {name: torch.zeros(wanted[name], device="cpu", dtype=torch.float32) for name in plan.zeros}
     return _completed(state, wanted)
 
 

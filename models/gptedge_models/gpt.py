@@ -17,6 +17,7 @@ from torch import Tensor, nn
 class GPTConfig:
     """Sizes of a GPT; the defaults are the book's ``GPT_CONFIG_124M``.
 
+    ``exact_gelu``: GELU itself instead of its tanh approximation, as nanoGPT has it and the book and GPT-2 do not.
     Raises ``ValueError`` where a value is out of range or ``emb_dim`` is not a multiple of ``n_heads``.
     """
 
@@ -27,6 +28,7 @@ class GPTConfig:
     n_layers: int = 12
     drop_rate: float = 0.1
     qkv_bias: bool = False
+    exact_gelu: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -35,8 +37,9 @@ class GPTConfig:
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
         if not isinstance(self.drop_rate, int | float) or not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate is {self.drop_rate!r}: give a number from 0 up to, but not including, 1")
-        if type(self.qkv_bias) is not bool:
-            raise ValueError(f"qkv_bias is {self.qkv_bias!r}: give true or false")
+        for name in ("qkv_bias", "exact_gelu"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give true or false")
         if self.emb_dim % self.n_heads:
             raise ValueError(
                 f"emb_dim {self.emb_dim} is not a multiple of n_heads {self.n_heads}: choose sizes that divide"
@@ -51,7 +54,7 @@ class GPTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "GPTConfig":
         """Read the book's dict of settings; raises ``ValueError`` for a key that is unknown or missing."""
         known = {field.name for field in fields(cls)}
-        required = known - {"drop_rate", "qkv_bias"}
+        required = known - {"drop_rate", "qkv_bias", "exact_gelu"}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config has unknown keys {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         if missing := sorted(required - set(values)):
@@ -59,8 +62,8 @@ class GPTConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the book's dict of settings."""
-        return asdict(self)
+        """Return the book's dict of settings, and ``exact_gelu`` only where it is true."""
+        return {name: value for name, value in asdict(self).items() if name != "exact_gelu" or value}
 
 
 CONFIGS: Mapping[str, GPTConfig] = {
@@ -101,7 +104,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(config.emb_dim, 4 * config.emb_dim),
-            GELU(),
+            nn.GELU() if config.exact_gelu else GELU(),
             nn.Linear(4 * config.emb_dim, config.emb_dim),
         )
 

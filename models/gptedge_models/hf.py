@@ -1,10 +1,10 @@
 """GPT-2 as Hugging Face stores it: names and transposes, ``config.json``, the hub."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .layout import Part, Plan, count_blocks
+from .layout import Part, Plan, Shape, count_blocks
 from .weights import CheckpointError, CheckpointNotFoundError, label
 
 # In config.json: the names of the sizes, and the settings of which the book's GPT knows one value only.
@@ -17,13 +17,13 @@ _SIZES = {
 }
 _FIXED = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
 }
+_EXACT_GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}
 _BLOCK = {
     "attn.c_attn.weight": Part(("att.W_query.weight", "att.W_key.weight", "att.W_value.weight"), transposed=True),
     "attn.c_attn.bias": Part(("att.W_query.bias", "att.W_key.bias", "att.W_value.bias")),
@@ -40,25 +40,28 @@ _BLOCK = {
 }
 
 
-def hugging_face(names: Set[str]) -> Plan | None:
-    """Recognise the state dict of ``GPT2LMHeadModel`` or ``GPT2Model``."""
-    root = "transformer." if any(name.startswith("transformer.") for name in names) else ""
-    if not any(name == f"{root}wte.weight" or name.startswith(f"{root}h.0.attn.c_") for name in names):
-        return None
-    n_layers = count_blocks(rf"{root}h\.(\d+)\.", names)
+def blocks_and_ends(root: str, n_layers: int) -> dict[str, Part]:
+    """Return the parts of a GPT-2 whose names begin with ``root``: all but the head."""
     parts = {f"{root}wte.weight": Part(("tok_emb.weight",)), f"{root}wpe.weight": Part(("pos_emb.weight",))}
     for i in range(n_layers):
-        for name, part in _BLOCK.items():
-            ours = tuple(f"trf_blocks.{i}.{target}" for target in part.names)
-            parts[f"{root}h.{i}.{name}"] = Part(ours, part.transposed)
-    parts |= {f"{root}ln_f.weight": Part(("final_norm.scale",)), f"{root}ln_f.bias": Part(("final_norm.shift",))}
+        parts |= {f"{root}h.{i}.{name}": part.under(f"trf_blocks.{i}.") for name, part in _BLOCK.items()}
+    return parts | {f"{root}ln_f.weight": Part(("final_norm.scale",)), f"{root}ln_f.bias": Part(("final_norm.shift",))}
+
+
+def hugging_face(stored: Mapping[str, Shape]) -> Plan | None:
+    """Recognise the state dict of ``GPT2LMHeadModel`` or ``GPT2Model``."""
+    root = "transformer." if any(name.startswith("transformer.") for name in stored) else ""
+    if not any(name == f"{root}wte.weight" or name.startswith(f"{root}h.0.attn.c_") for name in stored):
+        return None
+    n_layers = count_blocks(rf"{root}h\.(\d+)\.", stored)
+    parts = blocks_and_ends(root, n_layers)
     facts: dict[str, Any] = {"n_layers": n_layers, "qkv_bias": True}
-    if "lm_head.weight" in names:
+    if "lm_head.weight" in stored:
         parts["lm_head.weight"] = Part(("out_head.weight",))
     else:
         facts["tie_word_embeddings"] = True
     masks = frozenset(f"{root}h.{i}.attn.{name}" for i in range(n_layers) for name in ("bias", "masked_bias"))
-    return Plan(facts, parts, masks, needs_config=True)
+    return Plan(facts, parts, ignored=masks, needs_config=True)
 
 
 def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -67,13 +70,17 @@ def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises :class:`CheckpointError` that names each setting which makes it another architecture.
     """
     wrong = [f"{key} {values[key]!r} (only {only!r})" for key, only in _FIXED.items() if values.get(key, only) != only]
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in _EXACT_GELU:
+        wrong.append(f"activation_function {activation!r} (only 'gelu_new' or 'gelu')")
     width, inner = values.get("n_embd"), values.get("n_inner")
     if inner is not None and isinstance(width, int) and inner != 4 * width:
         wrong.append(f"n_inner {inner!r} (only 4 n_embd = {4 * width})")
     if wrong:
         raise CheckpointError(f"{label(path)} describes another architecture than the book's: {', '.join(wrong)}")
     sizes = {ours: values[theirs] for theirs, ours in _SIZES.items() if theirs in values}
-    return {**sizes, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    others = {"exact_gelu": _EXACT_GELU[activation], "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    return sizes | others
 
 
 def download(hub_id: str) -> Path:
@@ -81,7 +88,7 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # takes a while to import, and is needed only here
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    files = ["config.json", "model.safetensors", "model-*-of-*.safetensors"]
+    files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except LocalEntryNotFoundError:

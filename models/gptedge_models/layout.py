@@ -1,8 +1,8 @@
-"""Which stored tensor becomes which of the model's: the plan of a checkpoint's layout, and the book's own."""
+"""Which stored tensor becomes which of the model's: the plan of a checkpoint's layout."""
 
 import re
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of the model that one stored tensor holds, side by side on its last axis.
+    """The tensors of the model that one stored tensor holds, one below the other on its first axis.
 
-    ``transposed``: stored as (in, out), where the model's layers have (out, in).
+    ``transposed``: the stored tensor is (in, out), where the model's layers have (out, in).
     """
 
     names: tuple[str, ...]
@@ -25,26 +25,34 @@ class Part:
 
     def stored_shape(self, shape: Shape) -> Shape:
         """Return the shape in the file of tensors that have ``shape`` in the model."""
-        *rest, last = reversed(shape) if self.transposed else shape
-        return (*rest, last * len(self.names))
+        first, *rest = shape
+        joined = (first * len(self.names), *rest)
+        return joined[::-1] if self.transposed else joined
 
     def split(self, stored: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield name and value of the model's tensors, as views."""
-        for name, piece in zip(self.names, stored.chunk(len(self.names), dim=-1), strict=True):
-            yield name, piece.t() if self.transposed else piece
+        joined = stored.t() if self.transposed else stored
+        yield from zip(self.names, joined.chunk(len(self.names)), strict=True)
+
+    def under(self, prefix: str) -> "Part":
+        """Return the same part of the block that ``prefix`` names."""
+        return Part(tuple(prefix + name for name in self.names), self.transposed)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to read one layout.
 
-    ``facts``: what the stored names alone say of the model. ``parts``: by stored name, in the model's order.
-    ``ignored``: stored names that carry nothing. ``needs_config``: tensors mean nothing without their ``config.json``.
-    Without an ``out_head`` among the parts the model reuses ``tok_emb``.
+    ``facts``: what the stored tensors alone say of the model. ``defaults``: settings that leave no trace in them, where
+    nobody states another. ``parts``: by stored name, in the model's order. ``zeros``: the model's tensors that the
+    layout leaves out because they are zero. ``ignored``: stored names that carry nothing. ``needs_config``: tensors
+    mean nothing without their ``config.json``. Without an ``out_head`` among the parts the model reuses ``tok_emb``.
     """
 
     facts: dict[str, Any]
     parts: dict[str, Part]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
     needs_config: bool = False
 
@@ -60,17 +68,6 @@ def shapes(model: GPTModel) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def count_blocks(pattern: str, names: Set[str]) -> int:
+def count_blocks(pattern: str, names: Iterable[str]) -> int:
     """Count the different numbers that ``pattern`` captures at the start of a name; at least 1."""
     return max(1, len({match[1] for name in names if (match := re.match(pattern, name))}))
-
-
-def book(names: Set[str]) -> Plan | None:
-    """Recognise the state dict of the book's ``GPTModel``; the masks may be missing."""
-    if "tok_emb.weight" not in names and not any(name.startswith("trf_blocks.") for name in names):
-        return None
-    n_layers = count_blocks(r"trf_blocks\.(\d+)\.", names)
-    qkv_bias = any(name.endswith("att.W_query.bias") for name in names)
-    tiny = GPTConfig(vocab_size=1, context_length=1, emb_dim=1, n_heads=1, n_layers=n_layers, qkv_bias=qkv_bias)
-    parts = {name: Part((name,)) for name in shapes(empty_model(tiny)) if name in names or not name.endswith(".mask")}
-    return Plan({"n_layers": n_layers, "qkv_bias": qkv_bias}, parts)

@@ -89,10 +89,68 @@ def test_names_without_prefix_and_old_mask_buffers_are_known(folder: Path, ids: 
     assert_same_logits(edit_weights(folder, lambda w: w.update(masks)), model, ids)
 
 
-def test_shards_are_read_together(tmp_path: Path, ids: Tensor) -> None:
-    gpt2().save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert_same_logits(tmp_path, gpt2(), ids)
+@pytest.mark.parametrize(("activation", "exact"), [("gelu", True), ("gelu_new", False), ("gelu_pytorch_tanh", False)])
+def test_both_kinds_of_gelu_are_known(tmp_path: Path, ids: Tensor, activation: str, exact: bool) -> None:
+    model = gpt2(activation_function=activation)
+    model.save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path).config.exact_gelu is exact
+    assert_same_logits(tmp_path, model, ids)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    gpt2().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> Path:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    edit(index["weight_map"])
+    file.write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("source", [".", "model.safetensors.index.json"])
+def test_shards_are_read_as_their_index_says(sharded: Path, ids: Tensor, source: str) -> None:
+    stale = load_file(sharded / "model-00001-of-00004.safetensors")
+    save_file({name: tensor + 1 for name, tensor in stale.items()}, sharded / "model-00001-of-00009.safetensors")
+    assert_same_logits(sharded / source, gpt2(), ids)
+
+
+def test_shards_are_read_without_an_index(sharded: Path, ids: Tensor) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    assert_same_logits(sharded, gpt2(), ids)
+
+
+def test_missing_shard_is_named(refusal: Refusal, sharded: Path) -> None:
+    (sharded / "model-00002-of-00004.safetensors").unlink()
+    error = refusal(sharded)
+    assert isinstance(error, FileNotFoundError)
+    assert "model-00002-of-00004.safetensors does not exist" in str(error)
+
+
+def test_shard_that_was_not_fetched_is_named(refusal: Refusal, sharded: Path) -> None:
+    (sharded / "model-00002-of-00004.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model-00002-of-00004.safetensors is a Git LFS pointer" in str(refusal(sharded))
+
+
+def test_tensor_that_its_shard_lacks_is_named(refusal: Refusal, sharded: Path) -> None:
+    edit_index(sharded, lambda places: places.update({"transformer.more": "model-00001-of-00004.safetensors"}))
+    assert "places transformer.more in model-00001-of-00004.safetensors, which lacks it" in str(refusal(sharded))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_index_that_is_none_is_refused(refusal: Refusal, sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text or "\n")
+    message = str(refusal(sharded))
+    assert "model.safetensors.index.json is" in message
+
+
+def test_index_that_leads_out_of_the_folder_is_refused(refusal: Refusal, sharded: Path) -> None:
+    edit_index(sharded, lambda places: places.update({"transformer.wte.weight": "../model.safetensors"}))
+    assert "is no index" in str(refusal(sharded))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -115,7 +173,7 @@ def test_loaded_model_does_not_depend_on_the_file(folder: Path, ids: Tensor) -> 
     ("changes", "named"),
     [
         ({"model_type": "gpt_neo"}, "model_type 'gpt_neo' (only 'gpt2')"),
-        ({"activation_function": "relu"}, "activation_function 'relu' (only 'gelu_new')"),
+        ({"activation_function": "relu"}, "activation_function 'relu' (only 'gelu_new' or 'gelu')"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06 (only 1e-05)"),
         ({"scale_attn_weights": False}, "scale_attn_weights False (only True)"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True (only False)"),
@@ -185,11 +243,16 @@ def test_classifier_is_refused(refusal: Refusal, folder: Path) -> None:
     assert "unexpected score.weight" in str(refusal(folder))
 
 
-def test_weights_without_their_config_are_refused(refusal: Refusal, folder: Path) -> None:
-    assert "without config.json" in str(refusal(folder / "model.safetensors", config={"n_heads": 4}))
+def test_file_is_read_with_the_config_beside_it(folder: Path, ids: Tensor) -> None:
+    assert_same_logits(folder / "model.safetensors", gpt2(), ids)
+
+
+@pytest.mark.parametrize("source", [".", "model.safetensors"])
+def test_weights_without_their_config_are_refused(refusal: Refusal, folder: Path, source: str) -> None:
     (folder / "config.json").unlink()
-    error = refusal(folder, config={"n_heads": 4})
+    error = refusal(folder / source, config={"n_heads": 4})
     assert isinstance(error, FileNotFoundError)
+    assert "without config.json" in str(error)
 
 
 @pytest.fixture
