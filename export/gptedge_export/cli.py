@@ -4,12 +4,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import click
+import gptedge_models
 from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
-from gptedge_models import demo as demo_model
-from gptedge_runtime.errors import GptEdgeError, one_line
+from gptedge_runtime.command import run
 
 from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .errors import ExportError
@@ -53,7 +52,10 @@ def command(
     checkpoint.
     """
     started = time.perf_counter()
-    model = load_checkpoint(source, config=config, seed=seed)
+    try:
+        model = load_checkpoint(source, config=config, seed=seed)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     vocabulary = load_vocabulary(tokenizer or default_tokenizer(source, model))
     progress = sys.stderr.isatty() and not quiet
     report = export_bundle(model, output, vocabulary=vocabulary, opset=opset, force=force, progress=progress)
@@ -66,7 +68,7 @@ def command(
 def default_tokenizer(source: str, model: GPTModel) -> str:
     """The vocabulary that comes with the source, else GPT-2's where the model has its size."""
     if source == "demo":
-        return str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken")
+        return str(Path(gptedge_models.__file__).parent / "demo" / "tokenizer.tiktoken")
     if Path(source).is_dir():
         return source
     if model.config.vocab_size == CONFIGS["gpt2-small"].vocab_size:
@@ -96,22 +98,6 @@ def _text(report: Report, seconds: float) -> str:
     )
 
 
-def main() -> NoReturn:
-    """Run the command: exit code 0, 2 for the user's mistakes, 3 for failed parity, 130 when interrupted."""
-    try:
-        command.main(standalone_mode=False)
-        code = 0
-    except click.exceptions.Abort:
-        code = _fail("interrupted", 130)
-    except click.ClickException as error:
-        code = _fail(error.format_message(), 2)
-    except GptEdgeError as error:
-        code = _fail(str(error), error.exit_code)
-    except CheckpointError as error:
-        code = _fail(str(error), 2)
-    sys.exit(code)
-
-
-def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {one_line(message)}", err=True)
-    return code
+def main() -> None:
+    """Run the command: exit code 0, 1 our bug, 2 the user's mistakes, 3 for failed parity, 130 when interrupted."""
+    sys.exit(run(command, "export-onnx", sys.argv[1:]))
