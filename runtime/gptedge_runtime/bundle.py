@@ -7,6 +7,9 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
 
 from .errors import BundleError, BundleNotFoundError
 from .strict_json import JsonObject, parse_json
@@ -14,6 +17,7 @@ from .strict_json import JsonObject, parse_json
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 1 << 20
+PROGRESS_BYTES = 1 << 30  # smaller bundles are checked in a second or so
 MAX_SIZES = {
     "vocab_size": 1 << 24,
     "context_length": 1 << 24,
@@ -99,11 +103,12 @@ class Bundle:
         return data
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(path: str | os.PathLike[str], *, progress: bool = False) -> Bundle:
     """Read the manifest and check the size and SHA-256 of every file in the folder.
 
-    Raises :class:`BundleNotFoundError` where there is no bundle, :class:`BundleError` where a file is missing, changed,
-    linked or not listed, or where the manifest breaks a rule of its format.
+    ``progress`` shows a bar on stderr for a bundle above 1 GiB. Raises :class:`BundleNotFoundError` where there is no
+    bundle, :class:`BundleError` where a file is missing, changed, linked or not listed, or where the manifest breaks a
+    rule of its format.
     """
     try:
         folder = Path(path).resolve(strict=True)
@@ -112,7 +117,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleNotFoundError(f"no bundle at {path}: there is no {MANIFEST}: write one with export-onnx") from error
     try:
         bundle = _parse_manifest(folder, _read_manifest(folder / MANIFEST))
-        _check_files(bundle)
+        _check_files(bundle, progress)
     except OSError as error:
         if isinstance(error, BundleError):
             raise
@@ -130,8 +135,7 @@ def _read(path: Path, limit: int = -1) -> bytes:
 
 
 def _read_manifest(path: Path) -> JsonObject:
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise BundleError(f"{MANIFEST} is a link or a special file: put the plain file there")
+    _check_plain(path)
     data = _read(path, MANIFEST_MAX_BYTES + 1)
     if len(data) > MANIFEST_MAX_BYTES:
         raise BundleError(f"{MANIFEST} is larger than {MANIFEST_MAX_BYTES:,} bytes: export the bundle again")
@@ -205,7 +209,7 @@ def _parse_files(entries: list[JsonObject]) -> dict[str, FileSpec]:
     return files
 
 
-def _check_files(bundle: Bundle) -> None:
+def _check_files(bundle: Bundle, progress: bool) -> None:
     """Compare the folder with the manifest: names and sizes first, which costs nothing, then the hashes."""
     sizes = _sizes_on_disk(bundle.folder)
     if missing := sorted(set(bundle.files) - set(sizes)):
@@ -215,20 +219,42 @@ def _check_files(bundle: Bundle) -> None:
     for path, file in bundle.files.items():
         if sizes[path] != file.size:
             raise BundleError(f"{path} has {sizes[path]:,} bytes, not {file.size:,}: export or copy the bundle again")
-    for path, file in bundle.files.items():
-        with (bundle.folder / path).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+    total = sum(sizes.values())
+    hidden = not progress or total < PROGRESS_BYTES
+    with tqdm(desc="check", total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+        for path, file in bundle.files.items():
+            if _hash(bundle.folder / path, bar) != file.sha256:
                 raise _changed(path)
+
+
+def _hash(path: Path, bar: "tqdm[NoReturn]") -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
 
 
 def _sizes_on_disk(folder: Path) -> dict[str, int]:
     sizes = {}
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         for name in (*folders, *names):
             path = Path(parent, name)
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode):
-                sizes[path.relative_to(folder).as_posix()] = status.st_size
-            elif not stat.S_ISDIR(status.st_mode):
-                raise BundleError(f"{path} is a link or a special file: put the plain file there")
+            if not stat.S_ISDIR(path.lstat().st_mode):
+                sizes[path.relative_to(folder).as_posix()] = _check_plain(path)
     return sizes
+
+
+def _check_plain(path: Path) -> int:
+    """Return the size of a file that has one name only: through another one its content could change unseen."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path} is a link or a special file: put the plain file there")
+    if status.st_nlink > 1:
+        raise BundleError(f"{path} has {status.st_nlink} names (hard links): copy the bundle, so that it has one")
+    return status.st_size
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error

@@ -1,16 +1,15 @@
 """The command ``gptedge``: text on stdout and nothing else, one line on stderr when something is wrong."""
 
 import contextlib
-import io
 import json
-import os
 import sys
 from pathlib import Path
 
 import click
 
 from .bundle import Bundle, open_bundle
-from .errors import GptEdgeError, InputError, one_line
+from .command import run, write
+from .errors import InputError
 from .generate import Sampling
 from .gpt import DEFAULT_NEW_TOKENS, load
 from .stream import TextStream
@@ -74,20 +73,21 @@ def generate_command(
     echo "Once upon a time" | gptedge generate build/demo
     gptedge generate build/demo "Once upon a time" --temperature 0.8 --top-k 40 --seed 1
 
-    One newline at the end of a file or of standard input is not part of the prompt.
+    One newline at the end of a file or of standard input is not part of the prompt, nor is a byte order mark.
+    On a terminal, control characters in the text are shown as \\x1b and the like.
     """
     text = _read_prompt(prompt, file)
     sampling = _sampling(temperature, top_k, top_p, seed)
     with load(bundle, provider=provider, threads=threads) as gpt:
         stream = gpt.stream(text, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow, sampling=sampling)
         if as_json:
-            _write(_to_json(stream, gpt.provider))
+            write(_to_json(stream, gpt.provider))
         elif no_stream:
-            _write("".join(stream))
+            write("".join(stream))
         else:
             for piece in stream:
-                _write(piece)
-        _write("\n")
+                write(piece)
+        write("\n")
 
 
 @cli.command("verify")
@@ -104,7 +104,7 @@ def verify_command(bundle: str, threads: int | None) -> None:
 def info_command(bundle: str) -> None:
     """Print what BUNDLE holds, after checking its files."""
     for name, value in _facts(open_bundle(bundle)).items():
-        click.echo(f"{name:<11} {value}")
+        write(f"{name:<11} {value}\n")
 
 
 @cli.command("web")
@@ -129,48 +129,9 @@ def web_command(bundle: str, port: int, output: str | None, ort: str | None) -> 
         server.serve_forever()
 
 
-def _write(text: str) -> None:
-    """Write and flush; ``click.echo`` would take terminal sequences out of the text."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def main() -> None:
     """Run the command; exit codes: 0 done, 1 our bug, 2 the user's to fix, 3 verification failed, 130 interrupted."""
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(arguments: list[str]) -> int:
-    """Run the command with these arguments and return its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    try:
-        with cli.make_context("gptedge", arguments or ["--help"]) as context:
-            cli.invoke(context)
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2)
-    except GptEdgeError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader has seen enough
-        _abandon_stdout()
-    except OSError as error:
-        _abandon_stdout()
-        return _fail(f"cannot write to standard output ({error.strerror}): check where it goes", 2)
-    return 0
-
-
-def _abandon_stdout() -> None:
-    """Let Python's last flush of what could not be written go nowhere, instead of failing once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, exit_code: int) -> int:
-    click.echo(f"error: {one_line(message)}", err=True)
-    return exit_code
+    sys.exit(run(cli, "gptedge", sys.argv[1:] or ["--help"]))
 
 
 def _read_prompt(prompt: str | None, file: str | None) -> str:
@@ -182,13 +143,24 @@ def _read_prompt(prompt: str | None, file: str | None) -> str:
         except OSError as error:
             raise InputError(f"cannot read {file}: {error.strerror}: check the path given with --file") from error
     if prompt is None or prompt == "-":
-        return _decode(sys.stdin.buffer.read(), "standard input")
+        return _decode(_read_stdin(), "standard input")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of other bytes in arguments
+        raise InputError("PROMPT is not UTF-8: convert it to UTF-8")
     return prompt
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise InputError("standard input is closed: give a PROMPT or --file")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"cannot read standard input ({error.strerror}): give a PROMPT or --file") from error
 
 
 def _decode(data: bytes, name: str) -> str:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text

@@ -37,6 +37,14 @@ class ProviderError(GptEdgeError, RuntimeError):
     """onnxruntime is missing, or cannot run on the device that was asked for."""
 
 
+class OutOfMemoryError(GptEdgeError, MemoryError):
+    """The bundle, prompt or batch needs more memory than there is."""
+
+
+class TimeLimitError(GptEdgeError, TimeoutError):
+    """The time limit that was given is over."""
+
+
 class VerificationError(GptEdgeError):
     """The bundle computes something else than the model it was exported from."""
 

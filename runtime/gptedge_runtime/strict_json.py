@@ -1,6 +1,7 @@
 """JSON that other hands may have touched: read strictly, taken by key, type and range."""
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -10,9 +11,10 @@ _PATH = re.compile(r"[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*")
 
 
 def parse_json(data: bytes, name: str) -> "JsonObject":
-    """Read a JSON object; refuses duplicate keys, NaN and Infinity, other encodings than UTF-8."""
+    """Read a JSON object; refuses duplicate keys, NaN and Infinity, other encodings than UTF-8, half characters."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone \ud800 would fail much later
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{name} is not JSON as export-onnx writes it ({error}): export it again") from error
     return JsonObject(value, name)
@@ -45,9 +47,11 @@ class JsonObject:
         return self._refuse(key, value, f"a whole number from {low} to {high}")
 
     def number(self, key: str) -> float:
-        """Take a number."""
+        """Take a finite number."""
         value = self._values.get(key)
-        return value if isinstance(value, float) else self._refuse(key, value, "a number with a point")
+        if isinstance(value, float) and math.isfinite(value):  # 1e999 is read as infinity
+            return value
+        return self._refuse(key, value, "a number with a point")
 
     def flag(self, key: str) -> bool:
         """Take true or false."""

@@ -25,7 +25,7 @@ class Tokenizer:
         try:
             self._encoding = tiktoken.Encoding(
                 spec.path,
-                pat_str=spec.pattern,
+                pat_str=_contiguous(spec.pattern),
                 mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
                 special_tokens=dict(spec.special_tokens),
             )
@@ -33,10 +33,22 @@ class Tokenizer:
             raise BundleError(f"{spec.path}: the pattern is not a regular expression: export it again") from error
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``; lone surrogates become U+FFFD. Raises :class:`InputError` for other types."""
+        """Return the ids of ``text``; lone surrogates become U+FFFD.
+
+        Raises :class:`InputError` for other types, and :class:`BundleError` for a pattern that loses some of the text.
+        """
         if not isinstance(text, str):
             raise InputError(f"text is {type(text).__name__}: give a str")
-        return self._encoding.encode_ordinary(text)
+        whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        try:
+            ids = self._encoding.encode_ordinary(whole)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's; it cannot be imported
+                raise
+            raise BundleError("the tokenizer's pattern takes too long: export the bundle again") from None
+        if len(self._encoding.decode_bytes(ids)) != len(whole.encode()):
+            raise BundleError("the tokenizer's pattern does not match all of the text: export the bundle again")
+        return ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of ``token_ids``; bytes that are not UTF-8, and ids without a token, become U+FFFD."""
@@ -63,6 +75,13 @@ class StreamDecoder:
     def flush(self) -> str:
         """Return what an unfinished character at the end leaves."""
         return self._utf8.decode(b"", final=True)
+
+
+def _contiguous(pattern: str) -> str:
+    """Return a pattern whose matches are never empty and follow each other: tiktoken panics on an empty one."""
+    # alone first, so that no ")" in it ends our group
+    tiktoken.Encoding("alone", pat_str=pattern, mergeable_ranks={b"a": 0}, special_tokens={})
+    return rf"\G(?:{pattern})(?!\G)"
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer:
