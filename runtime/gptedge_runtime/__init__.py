@@ -7,7 +7,9 @@ from .errors import (
     BundleNotFoundError,
     GptEdgeError,
     InputError,
+    OutOfMemoryError,
     ProviderError,
+    TimeLimitError,
     VerificationError,
 )
 from .generate import Sampling
@@ -22,9 +24,11 @@ __all__ = [
     "BundleNotFoundError",
     "GptEdgeError",
     "InputError",
+    "OutOfMemoryError",
     "ProviderError",
     "Sampling",
     "TextStream",
+    "TimeLimitError",
     "VerificationError",
     "load",
 ]

@@ -48,6 +48,7 @@ def cli() -> None:
     help="Device to run on; another one is never taken in its place.",
 )
 @click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@click.option("--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust.")
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: ids, text, reason of the end, times.")
 def generate_command(
@@ -63,6 +64,7 @@ def generate_command(
     seed: int | None,
     provider: str,
     threads: int | None,
+    timeout_s: float | None,
     no_stream: bool,
     as_json: bool,
 ) -> None:
@@ -78,7 +80,8 @@ def generate_command(
     """
     text = _read_prompt(prompt, file)
     sampling = _sampling(temperature, top_k, top_p, seed)
-    with load(bundle, provider=provider, threads=threads) as gpt:
+    progress = sys.stderr.isatty()
+    with load(bundle, provider=provider, threads=threads, timeout_s=timeout_s, progress=progress) as gpt:
         stream = gpt.stream(text, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow, sampling=sampling)
         if as_json:
             write(_to_json(stream, gpt.provider))
@@ -93,9 +96,10 @@ def generate_command(
 @cli.command("verify")
 @click.argument("bundle")
 @click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
-def verify_command(bundle: str, threads: int | None) -> None:
+@click.option("--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust.")
+def verify_command(bundle: str, threads: int | None, timeout_s: float | None) -> None:
     """Check the files, graphs and known answers of BUNDLE; exit code 3 where an answer is not the stored one."""
-    done = verify(bundle, threads=threads)
+    done = verify(bundle, threads=threads, timeout_s=timeout_s, progress=sys.stderr.isatty())
     click.echo(f"ok: {done.files} files, {done.graphs} graphs, {done.prompts} known answers")
 
 

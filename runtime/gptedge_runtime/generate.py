@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import BundleError, InputError
-from .session import Cache, Logits, Session, ShouldStop, Stopped
+from .limits import ShouldStop, Stopped, until
+from .session import Cache, Logits, Session
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,11 @@ def generate(
 ) -> Iterator[dict[int, int]]:
     """Yield step by step one new id for each row that still runs; row b runs ``n_steps[b]`` steps.
 
-    Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite.
+    Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite, and
+    ``TimeLimitError`` when the session's time limit is over.
     """
     context_length = session.model.context_length
+    should_stop = until(session.timeout_s, should_stop)
     rows = [list(prompt) for prompt in prompts]
     ends = [len(row) + steps for row, steps in zip(rows, n_steps, strict=True)]
     seeds = np.random.SeedSequence(sampling.seed if sampling else 0).spawn(len(rows))
@@ -101,7 +104,7 @@ def _read_on(
         return
     slid = [b for b in running if len(rows[b]) > context_length]
     if len(slid) < len(running):
-        cache.decode([row[-1] for row in rows])
+        cache.decode([row[-1] for row in rows], should_stop)
     for b in slid:
         cache.refill(slice(b, b + 1), [rows[b][-context_length:]], should_stop)
 

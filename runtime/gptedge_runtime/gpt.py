@@ -11,22 +11,33 @@ from .bundle import ModelConfig, open_bundle
 from .errors import InputError
 from .generate import Sampling, count_steps, generate
 from .inputs import TokenIds, read_count, read_rows
-from .session import Session, choose_provider, count_threads, never
+from .limits import check_timeout, count_threads, never
+from .session import Session, choose_provider
 from .stream import TextStream
 from .tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 
 
-def load(path: str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None) -> "GPT":
+def load(
+    path: str | os.PathLike[str],
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    timeout_s: float | None = None,
+    progress: bool = False,
+) -> "GPT":
     """Open a bundle after checking every file in it; one ``GPT`` serves many threads at once.
 
     ``provider`` is ``auto``, ``cpu`` or ``cuda``; ``threads`` defaults to the CPUs this process may use, and is at most
-    that. Raises ``BundleNotFoundError``, ``BundleError``, ``ProviderError`` or ``InputError``.
+    that. ``timeout_s``, for a bundle that you do not trust, ends each call that computes for longer, also where its
+    graph never ends, with ``TimeLimitError``. ``progress`` shows a bar on stderr while a large bundle is checked.
+    Raises ``BundleNotFoundError``, ``BundleError``, ``ProviderError``, ``OutOfMemoryError`` or ``InputError``.
     """
     device, n_threads = choose_provider(provider), count_threads(threads)
-    bundle = open_bundle(path)
-    return GPT(load_tokenizer(bundle), Session(bundle, provider=device, threads=n_threads))
+    check_timeout(timeout_s)
+    bundle = open_bundle(path, progress=progress)
+    return GPT(load_tokenizer(bundle), Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s))
 
 
 class GPT:

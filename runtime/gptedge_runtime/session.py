@@ -4,46 +4,37 @@ In the shapes below B is the batch, T the number of tokens and V the vocabulary 
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
-from .errors import BundleError, InputError, ProviderError
+from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
+from .limits import POLL_S, ShouldStop, in_worker, never, until
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
-ShouldStop = Callable[[], bool]
 
 PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
-POLL_S = 0.02
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
-
-
-def never() -> bool:
-    """Stop at no time."""
-    return False
-
-
-class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error
-    """``should_stop`` said so during a prefill."""
 
 
 class Session:
     """The bundle's decode graph, checked against the manifest; many threads may use one at the same time."""
 
-    def __init__(self, bundle: Bundle, *, provider: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None) -> None:
         self.model = bundle.model
         self.provider = provider
+        self.timeout_s = timeout_s
         self.cache_names = cache_names(bundle.model)
-        _compare(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
+        compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
         self._ort = import_onnxruntime()
         self._session = open_graph(bundle, bundle.graphs["decode"], threads)
-        self._options = self._run_options()
+        self._options = run_options(self._ort)
         self._probe()
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
@@ -53,16 +44,23 @@ class Session:
     def new_key_values(self, batch: int, capacity: int) -> list[NDArray[np.float32]]:
         """Return one zeroed array (B, n_heads, capacity, cache_width) for each entry of ``cache_names``."""
         shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
-        return [np.zeros(shape, np.float32) for _ in self.cache_names]
+        try:
+            return [np.zeros(shape, np.float32) for _ in self.cache_names]
+        except MemoryError as error:
+            raise _out_of_memory() from error
 
     def forward(self, ids: Ids) -> Logits:
         """Return logits float32 (B, T, V) of all positions of ids int64 (B, T)."""
         batch, length = ids.shape
-        logits = np.empty((batch, length, self.model.vocab_size), np.float32)
+        should_stop = until(self.timeout_s, never)
+        try:
+            logits = np.empty((batch, length, self.model.vocab_size), np.float32)
+        except MemoryError as error:
+            raise _out_of_memory() from error
         for part in split_rows([length] * batch):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
-            self.run_long(self.bind(feeds, self.new_key_values(len(lengths), length), logits[part]), never)
+            self.run_long(self.bind(feeds, self.new_key_values(len(lengths), length), logits[part]), should_stop)
         return logits
 
     def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[NDArray[Any]], logits: Logits) -> Any:
@@ -82,30 +80,12 @@ class Session:
         try:
             self._session.run_with_iobinding(binding, options or self._options)
         except Exception as error:  # onnxruntime's own share no other base class
-            cause = type(error).__name__
-            raise BundleError(f"onnxruntime cannot run the decode graph ({cause}): export the bundle again") from error
+            raise run_error(error, "the decode graph") from error
 
     def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
-        """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises :class:`Stopped`.
-
-        onnxruntime hears no signal, so it works in a thread while this one waits.
-        """
-        options = self._run_options()
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            try:
-                running = worker.submit(self.run, binding, options)
-                while not should_stop():
-                    if wait([running], timeout=POLL_S).done:
-                        return running.result()
-                raise Stopped
-            except BaseException:
-                options.terminate = True
-                raise
-
-    def _run_options(self) -> Any:
-        options = self._ort.RunOptions()
-        options.log_severity_level = _SILENT
-        return options
+        """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises ``Stopped``."""
+        options = run_options(self._ort)
+        in_worker(lambda: self.run(binding, options), options, should_stop)
 
     def _probe(self) -> None:
         """Run the last token at the last position: smaller tables than the manifest says show now, not in use."""
@@ -113,7 +93,7 @@ class Session:
         feeds["position_ids"][:] = self.model.context_length - 1
         key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.vocab_size), np.float32)
         try:
-            self.run(self.bind(feeds, key_values, logits))
+            self.run_long(self.bind(feeds, key_values, logits), until(self.timeout_s, never))
         except BundleError as error:
             raise BundleError(
                 f"the decode graph cannot read token {self.model.vocab_size - 1} at position "
@@ -142,6 +122,7 @@ class Cache:
             "logit_positions": np.zeros((batch, 1), np.int64),
         }
         self._step = session.bind(self._feeds, self._key_values, self._logits)
+        self._step_s = 0.0 if session.timeout_s is None else np.inf
 
     @property
     def is_empty(self) -> bool:
@@ -149,27 +130,38 @@ class Cache:
         return not self._lengths.any()
 
     def prefill(self, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
-        """Read one row of ids for each row of the cache. Raises :class:`Stopped`."""
+        """Read one row of ids for each row of the cache. Raises ``Stopped``."""
         for part in split_rows([len(row) for row in rows]):
             self.refill(part, rows[part], should_stop)
 
     def refill(self, part: slice, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
-        """Read ids in the place of what these rows of the cache held. Raises :class:`Stopped`."""
+        """Read ids in the place of what these rows of the cache held. Raises ``Stopped``."""
         lengths = np.array([len(row) for row in rows])
         feeds = prefill_feeds(pad_right(rows), lengths, lengths[:, None] - 1)
         binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._logits[part])
         self._session.run_long(binding, should_stop)
         self._lengths[part] = lengths
 
-    def decode(self, next_ids: Sequence[int]) -> None:
-        """Append one id to each row. A full row gets its last place written over, and logits that mean nothing."""
+    def decode(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
+        """Append one id to each row. A full row gets its last place written over, and logits that mean nothing.
+
+        Raises ``Stopped``, though not from steps too short to be worth the ear.
+        """
         places = np.minimum(self._lengths, self._last)
         self._feeds["input_ids"][:, 0] = next_ids
         self._feeds["position_ids"][:, 0] = places
         self._feeds["seqlens_k"][:] = places
         self._feeds["total_sequence_length"][...] = places.max() + 1
-        self._session.run(self._step)
+        self._run_step(should_stop)
         self._lengths = places + 1
+
+    def _run_step(self, should_stop: ShouldStop) -> None:
+        if self._step_s > POLL_S:
+            return self._session.run_long(self._step, should_stop)
+        started = time.perf_counter()
+        self._session.run(self._step)
+        self._step_s = time.perf_counter() - started
+        return None
 
 
 def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids) -> dict[str, NDArray[Any]]:
@@ -211,6 +203,13 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def run_options(ort: Any) -> Any:
+    """Return the options of one run, by which it can be ended."""
+    options = ort.RunOptions()
+    options.log_severity_level = _SILENT
+    return options
+
+
 def choose_provider(name: str) -> str:
     """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for; asked means got, or :class:`ProviderError`."""
     if name not in ("auto", "cpu", "cuda"):
@@ -220,12 +219,20 @@ def choose_provider(name: str) -> str:
     return "cpu"
 
 
-def count_threads(threads: int | None) -> int:
-    """Return how many threads to use: at most the CPUs this process may run on, since more are many times slower."""
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise InputError(f"threads is {threads!r}: give a whole number of at least 1")
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(threads or allowed, allowed)
+def run_error(error: Exception, graph: str) -> GptEdgeError:
+    """Return what to say about an exception of onnxruntime; its own text may hold paths and many lines."""
+    if _is_about_memory(error):
+        return _out_of_memory()
+    return BundleError(f"onnxruntime cannot run {graph} ({type(error).__name__}): export the bundle again")
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """onnxruntime has no type for it; its texts hold one of these."""
+    return any(sign in str(error) for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory"))
+
+
+def _out_of_memory() -> OutOfMemoryError:
+    return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
 
 
 def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
@@ -242,12 +249,14 @@ def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
     try:
         session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own share no other base class
+        if _is_about_memory(error):
+            raise _out_of_memory() from error
         cause = type(error).__name__
         raise BundleError(
             f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"
         ) from error
     found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
-    _compare(graph.path, found, graph)
+    compare_graphs(graph.path, found, graph)
     return session
 
 
@@ -284,7 +293,7 @@ def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(a.name, _DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
 
 
-def _compare(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
+def compare_graphs(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
     """Refuse a graph whose inputs and outputs differ by name, dtype or shape; their order is free."""
     have, want = _by_name(found), _by_name(wanted)
     for name in sorted(have | want):

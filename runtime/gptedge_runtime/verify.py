@@ -1,14 +1,18 @@
-"""Prove that a bundle still computes what the model computed that it was exported from."""
+"""Prove that every graph of a bundle still computes what the model computed that it was exported from."""
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, VerificationError
 from .gpt import GPT
-from .session import Session, choose_provider, count_threads, open_graph
+from .graphs import Graph, forward_logits, model_logits
+from .limits import check_timeout, count_threads
+from .session import Logits, Session, choose_provider
 from .strict_json import JsonObject, parse_json
 from .tokenizer import load_tokenizer
 
@@ -22,38 +26,92 @@ class Verified:
     prompts: int
 
 
-def verify(path: str | os.PathLike[str], *, threads: int | None = None) -> Verified:
-    """Check files, graphs and known answers.
+@dataclass(frozen=True)
+class Answer:
+    """A prompt, the ids that follow it, and some of the logits of its last position."""
+
+    name: str
+    token_ids: list[int]
+    new_token_ids: list[int]
+    logit_ids: NDArray[np.int64]
+    logits: NDArray[np.float64]
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    timeout_s: float | None = None,
+    progress: bool = False,
+) -> Verified:
+    """Check files and graphs, and the known answers with each graph. The arguments are those of ``load``.
 
     Raises ``BundleError`` for a damaged bundle and ``VerificationError`` where an answer is not the stored one.
     """
-    bundle = open_bundle(path)
+    check_timeout(timeout_s)
+    bundle = open_bundle(path, progress=progress)
+    answers, atol = _read_answers(bundle)
     n_threads = count_threads(threads)
-    for graph in bundle.graphs.values():
-        open_graph(bundle, graph, n_threads)
-    session = Session(bundle, provider=choose_provider("cpu"), threads=n_threads)
+    session = Session(bundle, provider=choose_provider("cpu"), threads=n_threads, timeout_s=timeout_s)
     with GPT(load_tokenizer(bundle), session) as gpt:
-        return Verified(len(bundle.files), len(bundle.graphs), _check_answers(bundle, gpt))
+        for answer in answers:
+            _compare(answer, gpt.logits(_ids_in_context(bundle, answer))[0], atol, "decode")
+            if gpt.generate_ids(answer.token_ids, max_new_tokens=len(answer.new_token_ids)) != answer.new_token_ids:
+                raise _other_ids(answer, "decode")
+    for name in sorted(bundle.graphs.keys() - {"decode"}):
+        graph = Graph(bundle, name, n_threads, timeout_s)
+        for answer in answers:
+            _compare(answer, _run(graph, _ids_in_context(bundle, answer), len(answer.token_ids)), atol, name)
+    return Verified(len(bundle.files), len(bundle.graphs), len(answers))
 
 
-def _check_answers(bundle: Bundle, gpt: GPT) -> int:
-    answers = parse_json(bundle.read(bundle.known_answers), bundle.known_answers)
-    prompts, atol = answers.children("prompts"), answers.number("atol")
+def _run(graph: Graph, ids: list[int], n_prompt: int) -> Logits:
+    """Return logits float32 (T, V) of these ids, the ones after the prompt in a second run where the graph has two."""
+    return forward_logits(graph, ids) if graph.name == "forward" else model_logits(graph, ids, n_prompt)
+
+
+def _ids_in_context(bundle: Bundle, answer: Answer) -> list[int]:
+    """The prompt and those of the new ids but the last that fit the context: each one's logits choose the next."""
+    return (answer.token_ids + answer.new_token_ids[:-1])[: bundle.model.context_length]
+
+
+def _compare(answer: Answer, logits: Logits, atol: float, graph: str) -> None:
+    """Hold logits float32 (T, V) of the prompt and the new ids against the stored ones."""
+    logits = logits[len(answer.token_ids) - 1 :]
+    difference = np.abs(logits[0, answer.logit_ids] - answer.logits).max()
+    if not difference <= atol:
+        raise VerificationError(
+            f"{answer.name}: in the graph {graph} logits differ by {difference:.3g}, above {atol:.3g}: "
+            "export the bundle again"
+        )
+    new_ids = answer.new_token_ids[: len(logits)]
+    if logits.argmax(axis=1)[: len(new_ids)].tolist() != new_ids:
+        raise _other_ids(answer, graph)
+
+
+def _other_ids(answer: Answer, graph: str) -> VerificationError:
+    return VerificationError(
+        f"{answer.name}: in the graph {graph} the new token ids are not the stored ones: export the bundle again"
+    )
+
+
+def _read_answers(bundle: Bundle) -> tuple[list[Answer], float]:
+    document = parse_json(bundle.read(bundle.known_answers), bundle.known_answers)
+    prompts, atol = document.children("prompts"), document.number("atol")
     if not prompts:
         raise BundleError(f"{bundle.known_answers} holds no prompts: export the bundle again")
-    for number, prompt in enumerate(prompts):
-        _check_answer(gpt, prompt, atol, f"known answer {number}")
-    return len(prompts)
+    return [_read_answer(bundle, prompt, f"known answer {i}") for i, prompt in enumerate(prompts)], atol
 
 
-def _check_answer(gpt: GPT, prompt: JsonObject, atol: float, name: str) -> None:
-    ids, new_ids, logit_ids = (prompt.array(key) for key in ("token_ids", "new_token_ids", "logit_ids"))
-    try:
-        wanted = np.array(prompt.array("logits"), np.float64)
-        difference = np.abs(gpt.logits(ids)[0, -1, logit_ids] - wanted).max()
-    except (ValueError, TypeError, IndexError) as error:
-        raise BundleError(f"{name} is not a prompt with its logits ({error}): export the bundle again") from error
-    if not difference <= atol:
-        raise VerificationError(f"{name}: logits differ by {difference:.3g}, above {atol:.3g}: export the bundle again")
-    if gpt.generate_ids(ids, max_new_tokens=len(new_ids)) != new_ids:
-        raise VerificationError(f"{name}: the new token ids are not the stored ones: export the bundle again")
+def _read_answer(bundle: Bundle, prompt: JsonObject, name: str) -> Answer:
+    ids, new_ids, logit_ids, logits = (prompt.array(k) for k in ("token_ids", "new_token_ids", "logit_ids", "logits"))
+    whole = all(_is_id(value, bundle) for value in [*ids, *new_ids, *logit_ids])
+    numbers = all(isinstance(value, float) for value in logits)
+    fits = 1 <= len(ids) <= bundle.model.context_length and 1 <= len(logit_ids) == len(logits)
+    if not (whole and numbers and fits):
+        raise BundleError(f"{name} is not a prompt with its logits: export the bundle again")
+    return Answer(name, ids, new_ids, np.array(logit_ids, np.int64), np.array(logits, np.float64))
+
+
+def _is_id(value: Any, bundle: Bundle) -> bool:
+    return type(value) is int and 0 <= value < bundle.model.vocab_size

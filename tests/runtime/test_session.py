@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, BundleError, InputError, ProviderError, load
-from gptedge_runtime.session import Session, Stopped, prefill_feeds, split_rows
+from gptedge_runtime.limits import Stopped
+from gptedge_runtime.session import Session, prefill_feeds, split_rows
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -146,7 +147,7 @@ def test_ids_do_not_depend_on_threads(bundles: Path, eager: Any, threads: int) -
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not tell allowed CPUs")
 def test_threads_are_capped_at_the_cpus_allowed(bundles: Path) -> None:
-    from gptedge_runtime.session import count_threads
+    from gptedge_runtime.limits import count_threads
 
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})

@@ -1,0 +1,81 @@
+"""What a call may use: CPUs, and time until it is stopped."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import InputError, TimeLimitError
+
+T = TypeVar("T")
+ShouldStop = Callable[[], bool]
+
+POLL_S = 0.02
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "microseconds of CPU time, period", or "max period"
+
+
+def never() -> bool:
+    """Stop at no time."""
+    return False
+
+
+def until(timeout_s: float | None, should_stop: ShouldStop) -> ShouldStop:
+    """Return a ``should_stop`` that raises :class:`TimeLimitError` from ``timeout_s`` seconds on, counted from now."""
+    if timeout_s is None:
+        return should_stop
+    end = time.monotonic() + timeout_s
+
+    def check() -> bool:
+        if time.monotonic() >= end:
+            raise TimeLimitError(f"not done after {timeout_s:g} seconds: allow more time, or distrust the bundle")
+        return should_stop()
+
+    return check
+
+
+class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error
+    """``should_stop`` said so during a prefill."""
+
+
+def in_worker(run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
+    """Run onnxruntime, with these run options, in a thread while this one waits: onnxruntime hears no signal.
+
+    Ctrl-C ends the run, and so do ``should_stop``, which raises :class:`Stopped`, and what it raises itself.
+    """
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        try:
+            running = worker.submit(run)
+            while not should_stop():
+                if wait([running], timeout=POLL_S).done:
+                    return running.result()
+            raise Stopped
+        except BaseException:
+            options.terminate = True
+            raise
+
+
+def count_threads(threads: int | None) -> int:
+    """Return how many threads to use: at most the CPUs this process may run on, since more are many times slower."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads is {threads!r}: give a whole number of at least 1")
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = min(allowed, _read_quota() or allowed)
+    return min(threads or allowed, allowed)
+
+
+def _read_quota() -> int | None:
+    """Return the CPUs whose time a container may use, rounded up; None where nothing limits it."""
+    try:
+        quota, period = CPU_QUOTA.read_text("ascii").split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    """Raise :class:`InputError` for a time limit that is no number of seconds above 0."""
+    if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 < timeout_s < math.inf):
+        raise InputError(f"timeout_s is {str(timeout_s)[:40]}: give a number of seconds above 0")
