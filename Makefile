@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
-	$(BIN)/gptedge generate build/demo "Once upon a time" -n 200
+	$(BIN)/gptedge generate build/demo "One windy day, Leo" -n 200
 
 test: install lint  ## linters, types, import contract, all tests
 	$(BIN)/pytest -q
