@@ -15,7 +15,7 @@ from ..commands import run
 def bundle(gpt2: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("book")
     (folder / "gpt2.tiktoken").write_bytes(gpt2.to_tiktoken())
-    source = ["random", "--config", "gpt2-small", "--seed", "123", "--tokenizer", folder / "gpt2.tiktoken"]
+    source = ("random", "--config", "gpt2-small", "--seed", "123", "--tokenizer", folder / "gpt2.tiktoken")
     result = run("export-onnx", *source, "-o", folder / "bundle")
     assert result.returncode == 0, result.stderr
     return folder / "bundle"

@@ -6,19 +6,19 @@ from gptedge_models import GPTConfig
 
 from ..commands import run
 
-TINY = {"vocab_size": 300, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+TINY = GPTConfig(vocab_size=300, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.json"
-    path.write_text(json.dumps(GPTConfig(**TINY).to_dict()))
+    path.write_text(json.dumps(TINY.to_dict()))
     return path
 
 
 def test_a_report_in_json_is_all_of_stdout(config_file: Path, tmp_path: Path) -> None:
-    args = ["random", "--config", config_file, "--tokenizer", "bytes", "-o", tmp_path / "bundle", "--json"]
-    result = run("export-onnx", *args)
+    source = ("random", "--config", config_file, "--tokenizer", "bytes")
+    result = run("export-onnx", *source, "-o", tmp_path / "bundle", "--json")
     report = json.loads(result.stdout)
     assert (result.returncode, result.stderr) == (0, "")
     assert report["worst"]["max_abs_diff"] <= report["worst"]["bound"]
