@@ -17,7 +17,8 @@ def hugging_face(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT2LMHeadMo
     """The model, and the bundle exported from the folder that transformers saved it to."""
     torch.manual_seed(3)
     config = GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=4)
-    model = GPT2LMHeadModel(config).eval()
+    model = GPT2LMHeadModel(config)
+    torch.nn.Module.eval(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)  # biases and norms that are not the identity
