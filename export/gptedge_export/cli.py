@@ -14,6 +14,8 @@ from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .errors import ExportError
 from .vocabulary import load_vocabulary
 
+_GPT2_VOCAB_SIZES = (50257, 50304)  # the second is filled up to a multiple of 64, which trains faster
+
 EPILOG = """\b
 Examples:
   export-onnx demo -o build/demo
@@ -71,7 +73,7 @@ def default_tokenizer(source: str, model: GPTModel) -> str:
         return str(Path(gptedge_models.__file__).parent / "demo" / "tokenizer.tiktoken")
     if Path(source).is_dir():
         return source
-    if model.config.vocab_size == CONFIGS["gpt2-small"].vocab_size:
+    if model.config.vocab_size in _GPT2_VOCAB_SIZES:
         return "gpt2"
     raise ExportError(f"no tokenizer is known for {model.config.vocab_size:,} tokens: give one with --tokenizer")
 

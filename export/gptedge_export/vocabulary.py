@@ -84,9 +84,9 @@ def load_vocabulary(source: str) -> Vocabulary:
     """Read a vocabulary by name or from a file.
 
     ``source`` is ``bytes`` (one token a byte), a name that tiktoken knows (``gpt2``; downloaded once), a ``.tiktoken``
-    ranks file, a ``tokenizer.json``, or a folder that holds one, ``tokenizer.tiktoken``, or ``vocab.json`` and
-    ``merges.txt``. A ranks file carries no special tokens: ``<|endoftext|>`` is given the next id.
-    Raises :class:`ExportError` where it cannot be read or is not a byte-level BPE vocabulary.
+    ranks file, a ``tokenizer.json``, or a folder that holds one, ``tokenizer.tiktoken``, ``vocab.json`` and
+    ``merges.txt``, or ``encoder.json`` and ``vocab.bpe``. A ranks file carries no special tokens: ``<|endoftext|>`` is
+    given the next id. Raises :class:`ExportError` where it cannot be read or is not a byte-level BPE vocabulary.
     """
     path = Path(source)
     if path.is_dir():
@@ -108,10 +108,11 @@ def _from_folder(path: Path) -> Vocabulary:
         return _from_ranks(path / "tokenizer.tiktoken")
     if (path / "tokenizer.json").is_file():
         return _from_json(path / "tokenizer.json")
-    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        lines = _text(path / "merges.txt").splitlines()
-        merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        return _from_bpe(path, _json(path / "vocab.json"), merges)
+    for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):  # Hugging Face's, OpenAI's
+        if (path / names).is_file() and (path / merges).is_file():
+            lines = _text(path / merges).splitlines()
+            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            return _from_bpe(path, _json(path / names), pairs)
     raise ExportError(f"{path}: no tokenizer.json, tokenizer.tiktoken or vocab.json with merges.txt: use --tokenizer")
 
 

@@ -15,12 +15,13 @@ from .gpt import CONFIGS, GPTConfig, GPTModel
 from .hf import download, hugging_face
 from .layout import Part, Plan, Shape, empty_model, shapes
 from .nanogpt import nanogpt
+from .openai import openai
 from .settings import Settings, agree, given_settings, make_config, read_settings, translated
 from .weights import MESSAGE_LENGTH, CheckpointError, CheckpointNotFoundError, Stored, Weights, label
 
 __all__ = ["CheckpointError", "CheckpointNotFoundError", "load_checkpoint"]
 
-RECOGNISERS = (book, nanogpt, hugging_face)  # names and shapes -> Plan, or None where the tensors are another's
+RECOGNISERS = (book, nanogpt, hugging_face, openai)  # names and shapes -> Plan, or None where they are another's
 
 _DEMO = Path(__file__).parent / "demo"
 _HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -41,8 +42,9 @@ def load_checkpoint(
     ``source``: ``"demo"``; ``"random"`` (the book's weights for ``seed``; needs ``config``); ``"gpt2"``,
     ``"gpt2-medium"``, ``"gpt2-large"``, ``"gpt2-xl"`` or another hub id ``owner/name``; or a path: a ``.pth`` of the
     book or of its faster variants (a state dict, or a dict that holds one as ``model_state_dict``), a safetensors file
-    with the book's names, nanoGPT's ``ckpt.pt``, or a Hugging Face GPT-2 folder. ``config``: a :class:`GPTConfig`, the
-    book's dict, a name in ``CONFIGS`` or a JSON file; needed where the checkpoint does not say ``n_heads``.
+    with the book's names, nanoGPT's ``ckpt.pt``, a Hugging Face GPT-2 folder, or the folder of OpenAI's TensorFlow
+    checkpoint. ``config``: a :class:`GPTConfig`, the book's dict, a name in ``CONFIGS`` or a JSON file; needed where
+    the checkpoint does not say ``n_heads``.
 
     A head equal to the embedding shares its memory. The float32 weights of a ``.pth`` stay mapped: while the model
     lives, replace the file by renaming, never write into it. Raises :class:`CheckpointError`, also for every tensor
@@ -57,7 +59,7 @@ def load_checkpoint(
     statements = {
         "the given config": given,
         "model_args": translated(settings, path),
-        "config.json": _beside(path, plan),
+        plan.config_file or "config.json": _beside(path, plan),
         "the tensors": {**plan.facts, **_sizes(plan, weights)},
     }
     facts = {**plan.defaults, **agree(path, statements)}
@@ -107,10 +109,10 @@ def _recognise(path: Path, weights: Weights) -> Plan:
 
 
 def _beside(path: Path, plan: Plan) -> Settings:
-    """Return what the ``config.json`` beside the tensors states; Hugging Face's layout means nothing without one."""
-    if not (path.is_dir() or plan.needs_config):
-        return {}
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    """Return what the config file beside the tensors states; Hugging Face's layout means nothing without one."""
+    if not (path.is_dir() or plan.config_file):
+        return {}  # a .pth lies among files of any kind
+    file = (path if path.is_dir() else path.parent) / (plan.config_file or "config.json")
     if file.exists():
         return read_settings(file)
     if plan.needs_config:

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from .safetensors_file import open_index, open_safetensors
+from .tensor_bundle import latest_checkpoint, open_tensor_bundle
 from .torch_file import open_torch
 from .weights import CheckpointError, CheckpointNotFoundError, Weights, check_file, label
 
 _INDEX = ".safetensors.index.json"
-_SUFFIXES = (".pth", ".pt", ".safetensors", _INDEX)
+_SUFFIXES = (".pth", ".pt", ".safetensors", _INDEX, ".index")
 
 
 def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
@@ -25,6 +26,8 @@ def open_weights(path: Path) -> tuple[Weights, dict[str, Any]]:
                 weights = open_index(file)
             elif file.suffix == ".safetensors":
                 weights |= open_safetensors(file)
+            elif file.suffix == ".index":
+                weights = open_tensor_bundle(file)
             else:
                 weights, settings = open_torch(file)
     except OSError as error:
@@ -40,7 +43,9 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return _files_of_folder(path)
     if path.exists() and not (path.name.endswith(_SUFFIXES) and path.is_file()):
-        raise CheckpointError(f"{label(path)} is no checkpoint: give a .pth, .pt or .safetensors file, or a folder")
+        raise CheckpointError(
+            f"{label(path)} is no checkpoint: give a .pth, .pt, .safetensors or .index file, or a folder"
+        )
     return [path]
 
 
@@ -50,6 +55,8 @@ def _files_of_folder(folder: Path) -> list[Path]:
             return [folder / name]
     if shards := sorted(folder.glob("model-*-of-*.safetensors")):
         return shards
+    if (folder / "checkpoint").is_file():
+        return [latest_checkpoint(folder)]
     if others := sorted(file.name for file in folder.iterdir() if file.name.endswith(_SUFFIXES)):
         raise CheckpointNotFoundError(f"{label(folder)} holds no model.safetensors: give the file {others[0]} itself")
     raise CheckpointNotFoundError(f"{label(folder)} holds no model.safetensors: save the model there as safetensors")

@@ -61,7 +61,7 @@ def hugging_face(stored: Mapping[str, Shape]) -> Plan | None:
     else:
         facts["tie_word_embeddings"] = True
     masks = frozenset(f"{root}h.{i}.attn.{name}" for i in range(n_layers) for name in ("bias", "masked_bias"))
-    return Plan(facts, parts, ignored=masks, needs_config=True)
+    return Plan(facts, parts, ignored=masks, config_file="config.json", needs_config=True)
 
 
 def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -45,8 +45,9 @@ class Plan:
 
     ``facts``: what the stored tensors alone say of the model. ``defaults``: settings that leave no trace in them, where
     nobody states another. ``parts``: by stored name, in the model's order. ``zeros``: the model's tensors that the
-    layout leaves out because they are zero. ``ignored``: stored names that carry nothing. ``needs_config``: tensors
-    mean nothing without their ``config.json``. Without an ``out_head`` among the parts the model reuses ``tok_emb``.
+    layout leaves out because they are zero. ``ignored``: stored names that carry nothing. ``config_file``: the name of
+    what lies beside the tensors; ``needs_config``: they mean nothing without it. Without an ``out_head`` among the
+    parts the model reuses ``tok_emb``.
     """
 
     facts: dict[str, Any]
@@ -54,6 +55,7 @@ class Plan:
     defaults: dict[str, Any] = field(default_factory=dict)
     zeros: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
+    config_file: str = ""
     needs_config: bool = False
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from .gpt import CONFIGS, GPTConfig
 from .hf import translate_config
 from .nanogpt import translate_model_args
+from .openai import translate_hparams
 from .weights import CheckpointError, CheckpointNotFoundError, label
 
 Settings = dict[str, Any]
@@ -47,6 +48,8 @@ def translated(values: Mapping[str, Any], path: Path) -> Settings:
     """Return settings under the book's names, whoever wrote them. Raises :class:`CheckpointError`."""
     if "block_size" in values:
         return translate_model_args(values)
+    if "n_vocab" in values:
+        return translate_hparams(values)
     if {"model_type", "n_embd"} & values.keys():
         return translate_config(values, path)
     return dict(values)

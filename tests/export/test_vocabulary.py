@@ -1,6 +1,7 @@
 """Vocabularies against tiktoken and the tokenizers library, on the real GPT-2 files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def test_ranks_file_and_tokenizer_json_read_back_equal(gpt2: Vocabulary, tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(gpt2.to_hugging_face()))
     assert load_vocabulary(str(tmp_path / "ranks.tiktoken")) == gpt2
     assert load_vocabulary(str(tmp_path / "tokenizer.json")) == gpt2
+
+
+def test_openais_names_of_the_files_are_known(gpt2: Vocabulary, gpt2_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(gpt2_folder / "vocab.json", tmp_path / "encoder.json")
+    shutil.copy(gpt2_folder / "merges.txt", tmp_path / "vocab.bpe")
+    assert load_vocabulary(str(tmp_path)) == gpt2
 
 
 def test_bytes_is_one_token_a_byte() -> None:

@@ -210,7 +210,7 @@ WHOLE = stored_as(thin_state(GPTConfig(emb_dim=24, n_heads=4, n_layers=2)))
         ("m.safetensors", bytes(8), "no safetensors file"),
         ("m.safetensors", bytes(100), "no safetensors file"),
         ("m.safetensors", b"\xff" * 100, "no safetensors file"),
-        ("m.txt", b"hello", "is no checkpoint: give a .pth, .pt or .safetensors file, or a folder"),
+        ("m.txt", b"hello", "is no checkpoint: give a .pth, .pt, .safetensors or .index file, or a folder"),
     ],
     ids=range(25),
 )
