@@ -106,7 +106,7 @@ def test_long_lists_are_counted(refusal: Refusal, tmp_path: Path) -> None:
 def test_strange_names_stay_one_short_line(
     refusal: Refusal, tiny: GPTConfig, state: State, tmp_path: Path, names: list[str]
 ) -> None:
-    path = save({**state, **{name: torch.zeros(1) for name in names}}, tmp_path / "model.pth")
+    path = save({**state, **{f"x{name}": torch.zeros(1) for name in names}}, tmp_path / "model.pth")
     assert "unexpected" in str(refusal(path, config=tiny))
 
 
