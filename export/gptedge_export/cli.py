@@ -1,4 +1,4 @@
-"""The command ``export-onnx``."""
+"""The commands ``export-onnx`` and ``export-hf``."""
 
 import json
 import sys
@@ -12,7 +12,8 @@ from gptedge_runtime.command import run
 
 from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .errors import ExportError
-from .vocabulary import load_vocabulary
+from .hugging_face import export_hugging_face
+from .vocabulary import Vocabulary, load_vocabulary
 
 _GPT2_VOCAB_SIZES = (50257, 50304)  # the second is filled up to a multiple of 64, which trains faster
 
@@ -54,17 +55,40 @@ def command(
     checkpoint.
     """
     started = time.perf_counter()
-    try:
-        model = load_checkpoint(source, config=config, seed=seed)
-    except CheckpointError as error:
-        raise ExportError(str(error)) from error
-    vocabulary = load_vocabulary(tokenizer or default_tokenizer(source, model))
+    model, vocabulary = _load(source, config, seed, tokenizer)
     progress = sys.stderr.isatty() and not quiet
     report = export_bundle(model, output, vocabulary=vocabulary, opset=opset, force=force, progress=progress)
     if as_json:
         click.echo(json.dumps(_summary(report, time.perf_counter() - started)))
     elif not quiet:
         click.echo(_text(report, time.perf_counter() - started))
+
+
+@click.command("export-hf", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write; a new one.")
+@click.option("--config", metavar="NAME|FILE", help=f"Sizes: {', '.join(CONFIGS)}, or the book's dict as JSON.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=123, show_default=True, help="For SOURCE random.")
+@click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
+def hf_command(source: str, output: Path, config: str | None, seed: int, tokenizer: str | None) -> None:
+    """Write a GPT as a Hugging Face GPT-2 folder: config.json, model.safetensors and the tokenizer's files.
+
+    SOURCE is what export-onnx takes.
+
+    \b
+    export-hf model.pth --config gpt2-small -o build/mine-hf
+    """
+    model, vocabulary = _load(source, config, seed, tokenizer)
+    export_hugging_face(model, output, vocabulary=vocabulary)
+    click.echo(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:,.1f} MB")
+
+
+def _load(source: str, config: str | None, seed: int, tokenizer: str | None) -> tuple[GPTModel, Vocabulary]:
+    try:
+        model = load_checkpoint(source, config=config, seed=seed)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+    return model, load_vocabulary(tokenizer or default_tokenizer(source, model))
 
 
 def default_tokenizer(source: str, model: GPTModel) -> str:
@@ -103,3 +127,8 @@ def _text(report: Report, seconds: float) -> str:
 def main() -> None:
     """Run the command: exit code 0, 1 our bug, 2 the user's mistakes, 3 for failed parity, 130 when interrupted."""
     sys.exit(run(command, "export-onnx", sys.argv[1:]))
+
+
+def hf_main() -> None:
+    """Run ``export-hf``; exit codes as above."""
+    sys.exit(run(hf_command, "export-hf", sys.argv[1:]))

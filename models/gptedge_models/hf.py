@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .gpt import GPTModel
 from .layout import Part, Plan, Shape, count_blocks
 from .weights import CheckpointError, CheckpointNotFoundError, label
 
@@ -62,6 +66,26 @@ def hugging_face(stored: Mapping[str, Shape]) -> Plan | None:
         facts["tie_word_embeddings"] = True
     masks = frozenset(f"{root}h.{i}.attn.{name}" for i in range(n_layers) for name in ("bias", "masked_bias"))
     return Plan(facts, parts, ignored=masks, config_file="config.json", needs_config=True)
+
+
+def to_hugging_face(model: GPTModel) -> dict[str, Tensor]:
+    """Return the state dict of the ``GPT2LMHeadModel`` that computes what ``model`` does.
+
+    A head equal to the embedding is left out, for transformers to tie; biases that the model lacks are zero.
+    """
+    state = dict(model.state_dict())
+    for i in range(model.config.n_layers):
+        for name in ("W_query", "W_key", "W_value"):
+            state.setdefault(f"trf_blocks.{i}.att.{name}.bias", torch.zeros(model.config.emb_dim))
+    tensors = {name: part.join(state) for name, part in blocks_and_ends("transformer.", model.config.n_layers).items()}
+    if not is_tied(model):
+        tensors["lm_head.weight"] = state["out_head.weight"]
+    return tensors
+
+
+def is_tied(model: GPTModel) -> bool:
+    """Tell whether the head is the embedding."""
+    return torch.equal(model.out_head.weight, model.tok_emb.weight)
 
 
 def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

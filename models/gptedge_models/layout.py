@@ -1,7 +1,7 @@
 """Which stored tensor becomes which of the model's: the plan of a checkpoint's layout."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,11 @@ class Part:
         """Yield name and value of the model's tensors, as views."""
         joined = stored.t() if self.transposed else stored
         yield from zip(self.names, joined.chunk(len(self.names)), strict=True)
+
+    def join(self, model: Mapping[str, Tensor]) -> Tensor:
+        """Return the stored tensor of the model's: the inverse of :meth:`split`, copied where it is not one of them."""
+        joined = torch.cat([model[name] for name in self.names]) if len(self.names) > 1 else model[self.names[0]]
+        return joined.t().contiguous() if self.transposed else joined
 
     def under(self, prefix: str) -> "Part":
         """Return the same part of the block that ``prefix`` names."""
