@@ -42,12 +42,16 @@ def stories_with_slots(seed: int, n: int) -> Iterator[tuple[str, list[tuple[int,
 
 
 def read_story(story: str) -> dict[str, str] | None:
-    """Return the cast of a story, slot by slot; ``None`` where it leaves its plot or mixes up its cast."""
+    """Return the cast of a story, slot by slot; ``None`` where it leaves its plot, mixes up its cast or
+    gives two slots the same value.
+    """
     for kind, pronouns in PRONOUNS.items():
+        others = {name for other in NAMES for name in NAMES[other] if other != kind}
         for plot in PLOTS:
-            cast = _follow(plot, story, pronouns)
-            if cast and not any(cast["hero"] in NAMES[other] for other in NAMES if other != kind):
-                return {slot: value for slot, value in cast.items() if slot not in pronouns}
+            told = _follow(plot, story, pronouns) or {}
+            cast = {slot: value for slot, value in told.items() if slot not in pronouns}
+            if cast and cast["hero"] not in others and len(set(cast.values())) == len(cast):
+                return cast
     return None
 
 

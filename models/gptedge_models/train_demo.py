@@ -208,8 +208,8 @@ The greedy story after the prompt `{PROMPT}`:
 
 > {tell(model, encoding, PROMPT)}
 
-It knows a dozen plots and some 700 words. Prompts that begin like one of its stories work ("Once upon a time",
-"One morning, Mia", "Every year"); others lead it astray.
+It knows a dozen plots and some 700 words. Prompts that begin like one of its stories and name the hero work best ("One
+morning, Mia"); others lead it astray. Told greedily, it often gives two people or two things of a story the same name.
 """
 
 

@@ -73,7 +73,7 @@ def test_the_card_tells_the_figures_of_these_weights(model: GPTModel, encoding: 
     assert 100 * recall_accuracy(model, encode, HELD_OUT_SEED, N_HELD_OUT) == pytest.approx(float(recall), abs=0.1)
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, "Once upon a time, a", "One morning, Mia", "Every year"])
+@pytest.mark.parametrize("prompt", [PROMPT, "One morning, Mia"])
 def test_greedy_story_is_whole_and_consistent(model: GPTModel, encoding: tiktoken.Encoding, prompt: str) -> None:
     ids = torch.tensor([encoding.encode_ordinary(prompt)])
     told = generate_text_simple(model, ids, 256 - ids.shape[1], 256)[0].tolist()
@@ -145,6 +145,13 @@ def test_a_story_is_read_back_and_a_wrong_recall_is_noticed() -> None:
             assert story[start:end] in cast.values()
             other = "Zelda" if story[start:end] not in values else "lantern"
             assert read_story(story[:start] + other + story[end:]) is None
+
+
+def test_a_story_in_which_two_people_share_a_name_is_noticed() -> None:
+    for story in stories(UNSEEN_SEED, 100):
+        cast = read_story(story)
+        assert cast
+        assert read_story(re.sub(rf"\b{cast['friend']}\b", cast["hero"], story)) is None
 
 
 def test_the_text_before_a_recall_slot_determines_it() -> None:
