@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import shutil
 import sys
@@ -26,20 +27,21 @@ def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-        work.chmod(0o755)
+        work, lock = _make_work(target)
     except OSError as error:
         raise ExportError(f"{target.parent}: cannot write there ({error.strerror}): choose another -o") from None
-    with _lock(work):
+    with lock:
         try:
             yield work
             for path in [*work.rglob("*"), work]:
                 _sync(path)
             _check(target, replace)
-            _swap(work, target)
+            _swap(work, target, replace)
             _sync(target.parent)
         except OSError as error:
-            raise ExportError(f"{target}: cannot write the bundle ({error.strerror or error})") from None
+            raise ExportError(
+                f"{target}: cannot write the bundle ({error.strerror or error}): make room there, or choose another -o"
+            ) from None
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -55,10 +57,21 @@ def _check(target: Path, replace: bool) -> None:
         raise ExportError(f"{target} exists: use --force to replace it, or choose another -o")
 
 
-def _swap(work: Path, target: Path) -> None:
+def _make_work(target: Path) -> tuple[Path, contextlib.ExitStack]:
+    """Make and lock the folder to work in; until it is locked, another export may take it for a leftover."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        lock = contextlib.ExitStack()
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock.enter_context(_lock(work))
+            work.chmod(0o755)
+            return work, lock
+
+
+def _swap(work: Path, target: Path, replace: bool) -> None:
     """Exchange the two names in one system call where there is one; elsewhere two renames leave a gap."""
-    if not target.exists():
-        work.rename(target)
+    if not replace or not target.exists():
+        work.rename(target)  # fails where another export has put a bundle there in the meantime
         return
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -83,7 +96,7 @@ def _sync(path: Path) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """A folder whose lock can be had belongs to an export that is no longer alive."""
-    for leftover in target.parent.glob(f".{target.name}.tmp-*"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         with contextlib.suppress(OSError), _lock(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,6 +1,5 @@
 """What a call may use: CPUs, and time until it is stopped."""
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -77,5 +76,5 @@ def _read_quota() -> int | None:
 
 def check_timeout(timeout_s: float | None) -> None:
     """Raise :class:`InputError` for a time limit that is no number of seconds above 0."""
-    if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 < timeout_s < math.inf):
-        raise InputError(f"timeout_s is {str(timeout_s)[:40]}: give a number of seconds above 0")
+    if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 < timeout_s <= 1e9):
+        raise InputError(f"timeout_s is {str(timeout_s)[:40]}: give a number of seconds above 0, at most 1e9")

@@ -1,4 +1,4 @@
-"""Bundles for the runtime's tests: from the folder GPTEDGE_TEST_BUNDLES, else written now, which needs PyTorch."""
+"""Bundles for the tests: from the folder GPTEDGE_TEST_BUNDLES, else written now, which needs PyTorch."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("GPTEDGE_TEST_BUNDLES"):
         return Path(given)
     folder = tmp_path_factory.mktemp("bundles")
-    subprocess.run([sys.executable, Path(__file__).parents[1] / "make_bundles.py", folder], check=True)
+    subprocess.run([sys.executable, Path(__file__).with_name("make_bundles.py"), folder], check=True)
     return folder
 
 

@@ -1,0 +1,201 @@
+"""The swap of an export: whenever it is killed, the bundle is the old one or the new one, whole."""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gptedge_export.atomic import atomic_folder
+from gptedge_export.errors import ExportError
+from gptedge_runtime import load
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the swap is two renames")
+
+FILES = ["manifest.json", "onnx/a", "onnx/b", "c"]
+
+Counter = Any  # a number that two processes see
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """In memory, where flushing a file takes no time, so that a kill meets every step of an export."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
+
+
+@contextlib.contextmanager
+def exporter(target: Path, name: str) -> Iterator[Counter]:
+    """Count the exports of a process that replaces ``target`` for ever, and kill it at the end of the block."""
+    processes = multiprocessing.get_context("fork")
+    counter = processes.Value("q", 0)
+    process = processes.Process(target=_export_for_ever, args=(target, name, counter))
+    process.start()
+    try:
+        yield counter
+    finally:
+        process.kill()
+        process.join()
+
+
+def _export_for_ever(target: Path, name: str, counter: Counter) -> None:
+    for number in itertools.count():
+        put(target, f"{name}{number}" + "x" * 5000)
+        counter.value += 1
+
+
+def wait_for(counter: Counter, number: int) -> None:
+    while counter.value < number:
+        time.sleep(0.001)
+
+
+def content(target: Path) -> str:
+    """The one content of all four files; a mixture fails."""
+    (text,) = {(target / name).read_text() for name in FILES}
+    assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == sorted(FILES)
+    return text
+
+
+def nothing(number: int) -> None:
+    """Do nothing before file ``number`` is written."""
+
+
+def put(target: Path, text: str, *, replace: bool = True, before: Callable[[int], None] = nothing) -> None:
+    """Export four files of one content."""
+    with atomic_folder(target, replace=replace) as work:
+        (work / "onnx").mkdir()
+        for number, name in enumerate(FILES):
+            before(number)
+            (work / name).write_text(text)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_kill_at_any_moment_leaves_one_whole_bundle_and_the_next_export_cleans_up(folder: Path, seed: int) -> None:
+    target = folder / "bundle"
+    with exporter(target, "new") as counter:
+        wait_for(counter, 2)
+        time.sleep(random.Random(seed).uniform(0, 0.01))  # into some step of an export, which takes about 2 ms
+    assert content(target).startswith("new")
+    put(target, "last")
+    assert content(target) == "last"
+    assert list(folder.iterdir()) == [target]
+
+
+def test_a_reader_never_sees_a_mixture_while_two_exports_replace_each_other(folder: Path) -> None:
+    target, seen = folder / "bundle", set()
+    put(target, "first")
+    with exporter(target, "a") as one, exporter(target, "b") as other:
+        while min(one.value, other.value) < 100:
+            if texts := read_at_once(target):
+                (text,) = texts
+                seen.add(text)
+    assert len(seen) > 1
+    put(target, "last")
+    assert list(folder.iterdir()) == [target]
+
+
+def read_at_once(target: Path) -> set[str]:
+    """The contents of the files of the folder that has the name now; none where it was removed in the meantime."""
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        return {Path(f"/proc/self/fd/{descriptor}/{name}").read_text() for name in FILES}
+    except FileNotFoundError:
+        return set()
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_of_two_exports_without_a_bundle_one_wins(tmp_path: Path, replace: bool) -> None:
+    target = tmp_path / "bundle"
+
+    def overtake(number: int) -> None:
+        if number == 2:
+            put(target, "early", replace=replace)
+
+    with pytest.raises(ExportError, match=r"exists|cannot write"):
+        put(target, "late", replace=False, before=overtake)
+    assert content(target) == "early"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("failing", range(len(FILES)))
+def test_a_full_disk_leaves_the_old_bundle_and_says_so(tmp_path: Path, failing: int) -> None:
+    target = tmp_path / "bundle"
+    put(target, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill(number: int) -> None:
+        if number == failing:  # a write beyond this limit fails as one to a full disk does
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    try:
+        with pytest.raises(ExportError, match="make room there") as caught:
+            put(target, "x" * 5000, before=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(str(caught.value)) <= 300
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ZeroDivisionError])
+@pytest.mark.parametrize("failing", range(len(FILES)))
+def test_an_error_inside_leaves_the_old_bundle_and_no_rest(
+    tmp_path: Path, error: type[BaseException], failing: int
+) -> None:
+    target = tmp_path / "bundle"
+    put(target, "old")
+
+    def fail(number: int) -> None:
+        if number == failing:
+            raise error
+
+    with pytest.raises(error):
+        put(target, "new", before=fail)
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["a[b]*", "-o", "with space", "ü", ".hidden"])
+def test_leftovers_of_any_name_are_removed(tmp_path: Path, name: str) -> None:
+    (tmp_path / f".{name}.tmp-killed").mkdir()
+    put(tmp_path / name, "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_the_folder_of_an_export_that_still_runs_is_no_leftover(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    put(target, "own", before=lambda number: put(target, "other"))
+    assert content(target) == "own"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("old_is_open", [True, False])
+def test_a_process_that_uses_the_old_bundle_keeps_its_answers(bundle: Path, bundles: Path, old_is_open: bool) -> None:
+    def replace() -> None:
+        with atomic_folder(bundle, replace=True) as folder:
+            for path in sorted((bundles / "odd").rglob("*")):
+                place = folder / path.relative_to(bundles / "odd")
+                place.mkdir() if path.is_dir() else place.write_bytes(path.read_bytes())
+
+    with load(bundle) as gpt:
+        before = gpt.generate_ids([1, 2, 3], max_new_tokens=20)
+        stream = gpt.stream("hello", max_new_tokens=40)
+        text = next(stream) if old_is_open else ""
+        replace()
+        assert gpt.generate_ids([1, 2, 3], max_new_tokens=20) == before
+        assert text + "".join(stream) == gpt.generate("hello", max_new_tokens=40)
+    with load(bundle) as gpt:
+        assert gpt.config.vocab_size == 257
