@@ -1,5 +1,6 @@
 """A page that runs a bundle in the browser: served to this computer only, or written to a folder for a web server."""
 
+import os
 import shutil
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +35,7 @@ HEADERS = {
 }
 
 
-def site(bundle: Bundle, ort: str | None = None) -> Site:
+def site(bundle: Bundle, ort: str | os.PathLike[str] | None = None) -> Site:
     """Return the page's files, the bundle's that it reads, and onnxruntime-web's.
 
     ``ort`` is onnxruntime-web's ``dist`` folder; None looks for it in ``node_modules`` here and above. Raises
@@ -53,13 +54,13 @@ def site(bundle: Bundle, ort: str | None = None) -> Site:
     )
 
 
-def _find_ort(given: str | None) -> Path:
+def _find_ort(given: str | os.PathLike[str] | None) -> Path:
     here = Path.cwd()
-    folders = [Path(given)] if given else [folder / ORT_DIST for folder in (here, *here.parents)]
+    folders = [Path(given)] if given is not None else [folder / ORT_DIST for folder in (here, *here.parents)]
     for folder in folders:
         if all((folder / name).is_file() for name in ORT_FILES):
             return folder.resolve()
-    if given:
+    if given is not None:
         raise InputError(f"{given} lacks {', '.join(ORT_FILES)}: give the dist folder of npm's onnxruntime-web")
     raise InputError(f"no {ORT_DIST} here or above: run `npm install onnxruntime-web` or give its dist with --ort")
 

@@ -86,11 +86,14 @@ function setRunning(value) {
   stopButton.disabled = !value;
 }
 
-function appendToken({ bytes, probability }) {
+function appendToken({ id, bytes, probability }) {
   const row = document.createElement("li");
-  const [token, bar, percent] = ["code", "meter", "span"].map((tag) => row.appendChild(document.createElement(tag)));
+  row.dataset.id = id;
+  row.title = `token ${id}`;
+  row.style.setProperty("--share", probability); // the length of the bar
+  const [token, bar, percent] = ["code", "i", "span"].map((tag) => row.appendChild(document.createElement(tag)));
   token.textContent = visible(bytes);
-  bar.value = probability;
+  bar.ariaHidden = "true"; // the number beside it says the same
   percent.textContent = `${(100 * probability).toFixed(probability < 0.1 ? 1 : 0)} %`;
   const list = element("tokens");
   const follow = list.scrollTop + list.clientHeight > list.scrollHeight - 40; // unless the reader has scrolled up
