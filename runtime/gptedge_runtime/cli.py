@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import click
 from .bundle import Bundle, open_bundle
 from .command import run, write
 from .errors import InputError
+from .evaluate import evaluate
 from .generate import Sampling
 from .gpt import DEFAULT_NEW_TOKENS, load
 from .stream import TextStream
@@ -111,6 +113,29 @@ def info_command(bundle: str) -> None:
         write(f"{name:<11} {value}\n")
 
 
+@cli.command("eval")
+@click.argument("bundle")
+@click.argument("text_file")
+@click.option("--stride", type=int, help="Tokens by which the window moves on; half the context by default.")
+@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def eval_command(bundle: str, text_file: str, stride: int | None, threads: int | None, as_json: bool) -> None:
+    """Print the perplexity of TEXT_FILE: how well BUNDLE predicts its tokens, each from those before it.
+
+    The window is the model's context. A smaller --stride gives each token more context, and takes longer.
+    """
+    text = _read_file(text_file)
+    with load(bundle, threads=threads) as gpt:
+        done = evaluate(gpt, text, stride=stride, progress=sys.stderr.isatty())
+    if as_json:
+        click.echo(json.dumps(asdict(done)))
+    else:
+        click.echo(
+            f"perplexity {done.perplexity:,.4f} over {done.tokens:,} tokens, "
+            f"window {done.window:,}, stride {done.stride:,}"
+        )
+
+
 @cli.command("web")
 @click.argument("bundle")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -142,15 +167,19 @@ def _read_prompt(prompt: str | None, file: str | None) -> str:
     if file is not None and prompt is not None:
         raise InputError("a PROMPT and --file are given: give one of them")
     if file is not None:
-        try:
-            return _decode(Path(file).read_bytes(), file)
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}: check the path given with --file") from error
+        return _without_last_newline(_read_file(file))
     if prompt is None or prompt == "-":
-        return _decode(_read_stdin(), "standard input")
+        return _without_last_newline(_decode(_read_stdin(), "standard input"))
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of other bytes in arguments
         raise InputError("PROMPT is not UTF-8: convert it to UTF-8")
     return prompt
+
+
+def _read_file(file: str) -> str:
+    try:
+        return _decode(Path(file).read_bytes(), file)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}: check the path") from error
 
 
 def _read_stdin() -> bytes:
@@ -164,9 +193,12 @@ def _read_stdin() -> bytes:
 
 def _decode(data: bytes, name: str) -> str:
     try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+
+
+def _without_last_newline(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 

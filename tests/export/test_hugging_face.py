@@ -34,7 +34,8 @@ def test_logits_of_transformers_equal_ours(
 ) -> None:
     model = random_model(tied, **settings)
     export_hugging_face(model, tmp_path / "hf", vocabulary=byte_vocabulary)
-    theirs, loading = GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    loaded: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    theirs, loading = loaded
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert (theirs.lm_head.weight.data_ptr() == theirs.transformer.wte.weight.data_ptr()) is tied
