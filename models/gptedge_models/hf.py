@@ -1,5 +1,7 @@
 """GPT-2 as Hugging Face stores it: names and transposes, ``config.json``, the hub."""
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,9 @@ def download(hub_id: str) -> Path:
 
     files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=files))
+        return checked(Path(snapshot_download(hub_id, allow_patterns=files)))
+    except CheckpointError:
+        raise
     except LocalEntryNotFoundError:
         cause = "the hub cannot be reached"
     except Exception as error:  # the hub's own errors, and those of the HTTP library of its version
@@ -123,3 +127,21 @@ def download(hub_id: str) -> Path:
         f"{label(hub_id)} could not be fetched from the Hugging Face hub ({cause}): "
         "check name and network, or give the path of a downloaded folder"
     )
+
+
+def checked(folder: Path) -> Path:
+    """Return a folder of the hub's cache whose weights have the SHA-256 that the hub names them by.
+
+    huggingface_hub resumes and times out, but compares sizes only. Raises :class:`CheckpointError`.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        blob = path.resolve()
+        if not re.fullmatch("[0-9a-f]{64}", blob.name):  # a cache without links, as on Windows, keeps no hash
+            continue
+        with blob.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+                raise CheckpointError(
+                    f"{path.name} is not the file that the hub has, its SHA-256 differs: "
+                    f"delete {label(blob)} and try again"
+                )
+    return folder
