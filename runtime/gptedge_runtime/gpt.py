@@ -96,6 +96,7 @@ class GPT:
         """
         if stop is not None and (not isinstance(stop, str) or not stop):
             raise InputError(f"stop is {stop!r}: give a text of at least one character")
+        _check_types(sampling, should_stop)
         rows, _ = read_rows(self.tokenizer.encode(prompt), self.config.vocab_size)
         max_new_tokens = read_count("max_new_tokens", max_new_tokens, low=0)
         n_steps = count_steps([len(rows[0])], max_new_tokens, self.config.context_length, on_overflow)
@@ -122,6 +123,7 @@ class GPT:
         A prompt is a list of ints or an array (T,); a batch is an array (B, T), or a list of prompts of any lengths.
         This is the book's loop: it does not end at the end-of-text token. The rest is as in :meth:`generate`.
         """
+        _check_types(sampling, should_stop)
         rows, is_batch = read_rows(token_ids, self.config.vocab_size)
         max_new_tokens = read_count("max_new_tokens", max_new_tokens, low=0)
         n_steps = count_steps([len(row) for row in rows], max_new_tokens, self.config.context_length, on_overflow)
@@ -161,3 +163,10 @@ class GPT:
         if self._open_session is None:
             raise InputError("this GPT is closed: load the bundle again")
         return self._open_session
+
+
+def _check_types(sampling: object, should_stop: object) -> None:
+    if not isinstance(sampling, Sampling | None):
+        raise InputError(f"sampling is {type(sampling).__name__}: give a Sampling, or None for the most likely token")
+    if not callable(should_stop):
+        raise InputError(f"should_stop is {type(should_stop).__name__}: give a function without arguments")
