@@ -247,7 +247,7 @@ def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
     data = bundle.read(graph.path)
     try:
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=False)
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):
             raise _out_of_memory() from error

@@ -105,7 +105,7 @@ def test_a_prompt_that_is_no_text_is_refused(tiny: GPT, value: Any) -> None:
 
 
 def generated(bundles: Path, stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    command = [BIN / "gptedge", "generate", bundles / "tiny", "-n", "5", *arguments]
+    command: list[str | Path] = [BIN / "gptedge", "generate", bundles / "tiny", "-n", "5", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
 
 

@@ -103,7 +103,7 @@ def test_verify_ends_an_endless_graph(bundle: Path, edit: Edit, graph: str) -> N
 
 def test_the_command_ends_an_endless_graph_with_one_line(bundle: Path, edit: Edit) -> None:
     never_ending(bundle / "onnx/decode.onnx", past=0)
-    command = [BIN / "gptedge", "generate", edit(sign), "hi", "--timeout-s", "0.5"]
+    command: list[str | Path] = [BIN / "gptedge", "generate", edit(sign), "hi", "--timeout-s", "0.5"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode().startswith("error: not done after 0.5 seconds: ")
@@ -124,7 +124,7 @@ def test_ctrl_c_ends_an_endless_graph(bundle: Path, edit: Edit) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_in_a_long_prefill_leaves_130_and_one_line(bundle: Path, edit: Edit) -> None:
     never_ending(bundle / "onnx/decode.onnx", past=0)
-    command = [BIN / "gptedge", "generate", edit(sign), "hi"]
+    command: list[str | Path] = [BIN / "gptedge", "generate", edit(sign), "hi"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None
         while "onnxruntime" not in Path(f"/proc/{running.pid}/maps").read_text():

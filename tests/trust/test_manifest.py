@@ -57,7 +57,11 @@ def test_what_is_no_plain_file_is_refused_before_it_is_opened(bundle: Path, name
     elif kind == "pipe":
         os.mkfifo(bundle / name)
     else:
-        target = {"link to nothing": "/nowhere", "link to a device": "/dev/zero", "link to itself": bundle / name}
+        target: dict[str, str | Path] = {
+            "link to nothing": "/nowhere",
+            "link to a device": "/dev/zero",
+            "link to itself": bundle / name,
+        }
         (bundle / name).symlink_to(target[kind])
     with pytest.raises(BundleError, match=r"link or a special file|is missing"):
         open_bundle(bundle)
