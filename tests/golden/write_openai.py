@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 FOLDER = Path(__file__).parent
-HPARAMS = {"n_vocab": 11, "n_ctx": 8, "n_embd": 8, "n_head": 2, "n_layer": 2}
+HPARAMS = {"n_vocab": 257, "n_ctx": 8, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 
 def variable(name, shape):

@@ -44,7 +44,7 @@ def test_training_changed_the_logits() -> None:
 
 
 def test_config_is_the_one_of_hparams(folder: Path) -> None:
-    expected = GPTConfig(vocab_size=11, context_length=8, emb_dim=8, n_heads=2, n_layers=2, qkv_bias=True)
+    expected = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=2, n_layers=2, qkv_bias=True)
     assert load_checkpoint(folder).config == expected
 
 
