@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +19,8 @@ import pytest
 from gptedge_export.atomic import atomic_folder
 from gptedge_export.errors import ExportError
 from gptedge_runtime import load
+from gptedge_runtime.bundle import open_bundle
+from gptedge_runtime.verify import verify
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the swap is two renames")
 
@@ -199,3 +202,25 @@ def test_a_process_that_uses_the_old_bundle_keeps_its_answers(bundle: Path, bund
         assert text + "".join(stream) == gpt.generate("hello", max_new_tokens=40)
     with load(bundle) as gpt:
         assert gpt.config.vocab_size == 257
+
+
+@pytest.mark.parametrize("file", ["", "onnx/model.onnx_data", "manifest.json"])
+def test_the_command_killed_over_a_bundle_leaves_the_old_one_or_the_new_one(
+    bundle: Path, tmp_path: Path, file: str
+) -> None:
+    """Killed when its working folder holds this file."""
+    before = open_bundle(bundle).files
+    config = tmp_path / "config.json"
+    config.write_text('{"vocab_size": 257, "context_length": 8, "emb_dim": 16, "n_heads": 2, "n_layers": 1}')
+    program = Path(sys.executable).parent / "export-onnx"
+    options = ["--config", config, "--tokenizer", "bytes", "-o", bundle, "--force", "-q"]
+    with subprocess.Popen([program, "random", *options]) as running:
+        while running.poll() is None:
+            if any((work / file).exists() for work in tmp_path.glob(".bundle.tmp-*")):
+                running.kill()
+            time.sleep(0.001)
+    after = open_bundle(bundle)
+    assert after.files == before or after.model.vocab_size == 257
+    assert verify(bundle).prompts > 0
+    put(bundle, "next")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "config.json"]
