@@ -2,8 +2,8 @@
 
 Random lengths, one request in ten is bad, every hundredth opens and closes the bundle. Once a minute, and at the end, a
 line of JSON: requests, refusals, RSS, open files, threads. Exit code 1 where RSS grew by more than 2 % after the first
-fifth of the time (of ten minutes at least: the allocator's pools fill slowly), where more files or threads stay than the
-requests under way hold, or where a request got anything but ids or a documented error.
+fifth of the time (of ten minutes at least: the allocator's pools fill slowly), where more files or threads stay than
+the requests under way hold, or where a request got anything but ids or a documented error.
 """
 
 import argparse

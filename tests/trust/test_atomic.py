@@ -213,7 +213,7 @@ def test_the_command_killed_over_a_bundle_leaves_the_old_one_or_the_new_one(
     config = tmp_path / "config.json"
     config.write_text('{"vocab_size": 257, "context_length": 8, "emb_dim": 16, "n_heads": 2, "n_layers": 1}')
     program = Path(sys.executable).parent / "export-onnx"
-    options = ["--config", config, "--tokenizer", "bytes", "-o", bundle, "--force", "-q"]
+    options: list[str | Path] = ["--config", config, "--tokenizer", "bytes", "-o", bundle, "--force", "-q"]
     with subprocess.Popen([program, "random", *options]) as running:
         while running.poll() is None:
             if any((work / file).exists() for work in tmp_path.glob(".bundle.tmp-*")):
