@@ -51,7 +51,7 @@ class Graph:
         self.name = name
         self.model = bundle.model
         self._timeout_s = timeout_s
-        compare_graphs(MANIFEST, bundle.graphs[name], CONTRACTS[name](bundle.model))
+        compare_graphs(f"{MANIFEST}: {bundle.graphs[name].path}", bundle.graphs[name], CONTRACTS[name](bundle.model))
         self._ort = import_onnxruntime()
         self._session = open_graph(bundle, bundle.graphs[name], threads)
 
