@@ -63,11 +63,13 @@ def export_bundle(
     opset: int = DEFAULT_OPSET,
     force: bool = False,
     progress: bool = False,
+    template: str | None = None,
 ) -> Report:
     """Export ``model`` as the bundle ``out``, verified against the model, and put it in place in one step.
 
-    The same model, vocabulary and versions give the same bytes. Raises :class:`ExportError` where the arguments do not
-    fit or ``out`` cannot be written, and ``ParityError``, with ``out`` untouched, where a graph does not agree.
+    ``template``: what an instruction model expects around ``{prompt}``. The same model, vocabulary and versions
+    give the same bytes. Raises :class:`ExportError` where the arguments do not fit or ``out`` cannot be written, and
+    ``ParityError``, with ``out`` untouched, where a graph does not agree.
     """
     out = Path(out)
     if opset not in OPSETS:
@@ -82,7 +84,7 @@ def export_bundle(
         graphs = _write_graphs(model, folder, opset, progress)
         report = Report(out, "fp32", verify(model, folder, progress=progress))
         _write_files(model, folder, vocabulary, report)
-        _write_manifest(model, folder, vocabulary, graphs, opset)
+        _write_manifest(model, folder, vocabulary, graphs, opset, template)
     return report
 
 
@@ -112,7 +114,12 @@ def _write_files(model: GPTModel, folder: Path, vocabulary: Vocabulary, report: 
 
 
 def _write_manifest(
-    model: GPTModel, folder: Path, vocabulary: Vocabulary, graphs: dict[str, ir.Model], opset: int
+    model: GPTModel,
+    folder: Path,
+    vocabulary: Vocabulary,
+    graphs: dict[str, ir.Model],
+    opset: int,
+    template: str | None,
 ) -> None:
     config = model.config.to_dict()
     del config["drop_rate"]  # a matter of training
@@ -138,6 +145,7 @@ def _write_manifest(
         },
         "known_answers": {"path": "known_answers.json"},
         "files": [_entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()],
+        **({} if template is None else {"prompt_template": template}),
     }
     _write_json(folder / "manifest.json", document)
 

@@ -13,6 +13,7 @@ from gptedge_runtime.command import run
 from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .errors import ExportError
 from .hugging_face import export_hugging_face
+from .template import load_template
 from .vocabulary import Vocabulary, load_vocabulary
 
 _GPT2_VOCAB_SIZES = (50257, 50304)  # the second is filled up to a multiple of 64, which trains faster
@@ -34,6 +35,7 @@ Examples:
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
+@click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no report and no progress.")
@@ -45,6 +47,7 @@ def command(
     precision: str,
     opset: int,
     tokenizer: str | None,
+    template: str | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -55,9 +58,17 @@ def command(
     checkpoint.
     """
     started = time.perf_counter()
+    frame = None if template is None else load_template(template)
     model, vocabulary = _load(source, config, seed, tokenizer)
-    progress = sys.stderr.isatty() and not quiet
-    report = export_bundle(model, output, vocabulary=vocabulary, opset=opset, force=force, progress=progress)
+    report = export_bundle(
+        model,
+        output,
+        vocabulary=vocabulary,
+        opset=opset,
+        force=force,
+        progress=sys.stderr.isatty() and not quiet,
+        template=frame,
+    )
     if as_json:
         click.echo(json.dumps(_summary(report, time.perf_counter() - started)))
     elif not quiet:

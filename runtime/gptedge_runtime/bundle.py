@@ -15,6 +15,7 @@ from .errors import BundleError, BundleNotFoundError
 from .strict_json import JsonObject, parse_json
 
 FORMAT_VERSION = 1
+TEMPLATE_PLACE = "{prompt}"
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 1 << 20
 PROGRESS_BYTES = 1 << 30  # smaller bundles are checked in a second or so
@@ -94,6 +95,7 @@ class Bundle:
     tokenizer: TokenizerSpec
     known_answers: str
     files: Mapping[str, FileSpec]
+    prompt_template: str | None
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes after checking these very bytes, so that no later change of the file counts."""
@@ -157,11 +159,19 @@ def _parse_manifest(folder: Path, manifest: JsonObject) -> Bundle:
         tokenizer=_parse_tokenizer(manifest.child("tokenizer")),
         known_answers=manifest.child("known_answers").path("path"),
         files=_parse_files(manifest.children("files")),
+        prompt_template=_parse_template(manifest) if "prompt_template" in manifest.names else None,
     )
     used = [graph.path for graph in bundle.graphs.values()] + [bundle.tokenizer.path, bundle.known_answers]
     if unlisted := sorted(set(used) - set(bundle.files)):
         raise BundleError(f"{MANIFEST}: {unlisted[0]} is used but not in files: export the bundle again")
     return bundle
+
+
+def _parse_template(manifest: JsonObject) -> str:
+    template = manifest.text("prompt_template")
+    if template.count(TEMPLATE_PLACE) != 1:
+        raise BundleError(f"{MANIFEST}: prompt_template does not hold {TEMPLATE_PLACE} once: export the bundle again")
+    return template
 
 
 def _parse_model(values: JsonObject) -> ModelConfig:

@@ -30,6 +30,7 @@ def cli() -> None:
 @click.argument("prompt", required=False)
 @click.option("-f", "--file", metavar="FILE", help="Read the prompt from this file.")
 @click.option("-n", "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, show_default=True, help="Tokens to make.")
+@click.option("--template", is_flag=True, help="Put the prompt into the template of an instruction model's bundle.")
 @click.option("--stop", metavar="TEXT", help="End before this text.")
 @click.option(
     "--on-overflow",
@@ -58,6 +59,7 @@ def generate_command(
     prompt: str | None,
     file: str | None,
     max_new_tokens: int,
+    template: bool,
     stop: str | None,
     on_overflow: str,
     temperature: float | None,
@@ -84,6 +86,7 @@ def generate_command(
     sampling = _sampling(temperature, top_k, top_p, seed)
     progress = sys.stderr.isatty()
     with load(bundle, provider=provider, threads=threads, timeout_s=timeout_s, progress=progress) as gpt:
+        text = gpt.apply_template(text) if template else text
         stream = gpt.stream(text, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow, sampling=sampling)
         if as_json:
             write(_to_json(stream, gpt.provider))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import ModelConfig, open_bundle
+from .bundle import TEMPLATE_PLACE, ModelConfig, open_bundle
 from .errors import InputError
 from .generate import Sampling, count_steps, generate
 from .inputs import TokenIds, read_count, read_rows
@@ -37,7 +37,8 @@ def load(
     device, n_threads = choose_provider(provider), count_threads(threads)
     check_timeout(timeout_s)
     bundle = open_bundle(path, progress=progress)
-    return GPT(load_tokenizer(bundle), Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s))
+    session = Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s)
+    return GPT(load_tokenizer(bundle), session, bundle.prompt_template)
 
 
 class GPT:
@@ -46,11 +47,24 @@ class GPT:
     ``config`` holds the sizes, ``provider`` the device in use, ``tokenizer`` has ``encode`` and ``decode``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, session: Session) -> None:
+    def __init__(self, tokenizer: Tokenizer, session: Session, prompt_template: str | None = None) -> None:
         self.config: ModelConfig = session.model
         self.provider = session.provider
         self.tokenizer = tokenizer
+        self._prompt_template = prompt_template
         self._open_session: Session | None = session
+
+    def apply_template(self, prompt: str) -> str:
+        """Return ``prompt`` in the text around it that this instruction model was trained on.
+
+        An input that goes with the instruction ends the prompt: ``instruction\\n\\n### Input:\\ninput``. Raises
+        ``InputError`` for a bundle without a template.
+        """
+        if self._prompt_template is None:
+            raise InputError(
+                "the bundle has no prompt template: export it with --template alpaca, or leave it out here"
+            )
+        return self._prompt_template.replace(TEMPLATE_PLACE, prompt)
 
     def generate(
         self,
