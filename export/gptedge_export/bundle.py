@@ -17,6 +17,7 @@ from .atomic import atomic_folder
 from .companions import companions
 from .errors import ExportError
 from .graphs import GRAPHS, trace
+from .loop import generate_graph, trace_step
 from .verify import Check, verify
 from .vocabulary import Vocabulary
 
@@ -90,10 +91,16 @@ def export_bundle(
 
 def _write_graphs(model: GPTModel, folder: Path, opset: int, progress: bool) -> dict[str, ir.Model]:
     (folder / "onnx").mkdir()
-    names = tqdm(GRAPHS, desc="export", unit=" graphs", disable=not progress, leave=False)
-    graphs = {name: trace(model, name, opset) for name in names}
+    names = tqdm([*GRAPHS, "generate"], desc="export", unit=" graphs", disable=not progress, leave=False)
+    graphs = {name: _make_graph(model, name, opset) for name in names}
     weights.save(graphs, folder / "onnx")
     return graphs
+
+
+def _make_graph(model: GPTModel, name: str, opset: int) -> ir.Model:
+    if name == "generate":
+        return generate_graph(trace_step(model, opset), model.config)
+    return trace(model, name, opset)
 
 
 def _write_files(model: GPTModel, folder: Path, vocabulary: Vocabulary, report: Report) -> None:

@@ -121,12 +121,13 @@ class Forward(Stack):
         return self.logits(self.hidden(input_ids, positions, attend), batch_size)
 
 
-class Cached(Stack):
-    """``model.onnx``: standard operators, the cache grows by concatenation, padding on the left is masked."""
+class Growing(Stack):
+    """A stack whose cache grows by concatenation; padding on the left is masked."""
 
-    def forward(
+    def read(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Token ids (B, S) behind a past of P, mask (B, P+S) -> (B*S, D) before the final norm, and the cache."""
         batch_size, length = input_ids.shape
         past_length = past[0][0].shape[2]
         keys = torch.arange(past_length + length)
@@ -140,7 +141,17 @@ class Cached(Stack):
             present.append((k, v))
             return attention(q, k, v, bias)
 
-        return self.logits(self.hidden(input_ids, position_ids, attend), batch_size), present
+        return self.hidden(input_ids, position_ids, attend), present
+
+
+class Cached(Growing):
+    """``model.onnx``: standard operators, the cache goes in and out."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        x, present = self.read(input_ids, attention_mask, position_ids, past)
+        return self.logits(x, input_ids.shape[0]), present
 
 
 class Decode(Stack):
@@ -179,6 +190,9 @@ class Decode(Stack):
         return self.logits(x[rows.flatten()], batch_size), present
 
 
+Sample = dict[str, tuple[Tensor, dict[int, str]]]
+"""Example inputs by name, each with the names of its varying axes."""
+
 GRAPHS: dict[str, type[Stack]] = {"decode": Decode, "forward": Forward, "model": Cached}
 
 
@@ -192,11 +206,10 @@ def cache_width(name: str, config: GPTConfig) -> int:
     return -(-config.head_dim // 8) * 8 if name == "decode" else config.head_dim
 
 
-def _sample(name: str, config: GPTConfig) -> dict[str, tuple[Tensor, dict[int, str]]]:
-    """Example inputs and the names of their varying axes.
+def _sample(name: str, config: GPTConfig) -> Sample:
+    """Batch and sequence are at least 2, since the exporter takes an axis of length 1 for a fixed one.
 
-    Batch and sequence are at least 2, since the exporter takes an axis of length 1 for a fixed one; each tensor is an
-    object of its own, since it takes one object given twice for one input.
+    Each tensor is an object of its own, since it takes one object given twice for one input.
     """
     batch, new, past = 2, min(3, config.context_length), 5
 
@@ -221,39 +234,38 @@ def _sample(name: str, config: GPTConfig) -> dict[str, tuple[Tensor, dict[int, s
 
 
 def trace(model: GPTModel, name: str, opset: int) -> ir.Model:
-    """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``.
-
-    The graph carries no stack trace, no path and no shape of an intermediate value.
-    """
-    config = model.config
-    sample = _sample(name, config)
-    args: list[Any] = [tensor for tensor, _ in sample.values()]
-    axes: list[Any] = [names for _, names in sample.values()]
-    inputs, outputs = list(sample), ["logits"]
+    """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
+    config, caches = model.config, {}
     if name != "forward":
-        past_axis = "past_sequence_length" if name == "model" else "max_sequence_length"
-        args.append([(_cache(name, config), _cache(name, config)) for _ in range(config.n_layers)])
-        axes.append([({0: "batch_size", 2: past_axis},) * 2] * config.n_layers)
-        inputs += cache_names("past_key_values", config)
-        outputs += cache_names("present", config)
+        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config))
+        length = "past_sequence_length" if name == "model" else "max_sequence_length"
+        caches = {"past_key_values": (cache, {0: "batch_size", 2: length})}
+    return export(GRAPHS[name](model), _sample(name, config), caches, ["logits"], opset)
+
+
+def export(module: Stack, sample: Sample, caches: Sample, outputs: list[str], opset: int) -> ir.Model:
+    """Export a module that takes these inputs, then lists of keys and values, one tensor of which stands in ``caches``.
+
+    With a cache, ``present.*`` are the last outputs. The graph carries no stack trace, no path and no shape of an
+    intermediate value.
+    """
+    config, layers = module.config, range(module.config.n_layers)
+    past: list[Any] = [[(cache.clone(), cache.clone()) for _ in layers] for cache, _ in caches.values()]
+    past_axes: list[Any] = [[(axes, axes) for _ in layers] for _, axes in caches.values()]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            GRAPHS[name](model).eval(),
-            tuple(args),
+            module.eval(),
+            (*(tensor for tensor, _ in sample.values()), *past),
             dynamo=True,
             opset_version=opset,
-            dynamic_shapes=tuple(axes),
-            input_names=inputs,
-            output_names=outputs,
+            dynamic_shapes=(*(axes for _, axes in sample.values()), *past_axes),
+            input_names=[*sample, *(name for prefix in caches for name in cache_names(prefix, config))],
+            output_names=outputs + (cache_names("present", config) if caches else []),
             verbose=False,
         )
     assert program is not None
     _strip(program.model)
     return program.model
-
-
-def _cache(name: str, config: GPTConfig) -> Tensor:
-    return torch.zeros(2, config.n_heads, 5, cache_width(name, config))
 
 
 def _strip(model: ir.Model) -> None:

@@ -1,4 +1,4 @@
-"""Proof that the graphs compute what the model computes: ONNX logits against the eager model."""
+"""Proof that the graphs compute what the model computes: ONNX logits and ids against the eager model."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -156,6 +156,52 @@ def _cases(model: GPTModel, folder: Path) -> Iterator[Check]:
         eager = np.stack([_eager(model, ids[[row], : size + 1])[0, -2:] for row, size in enumerate(sizes)])
         yield _compare("model", "left-padded batch", eager, _left_padded(graph("model"), ids, sizes))
         yield _compare("decode", "ragged batch", eager, _ragged(graph("decode"), ids, sizes))
+    yield from _greedy(model, folder)
+
+
+def _greedy(model: GPTModel, folder: Path) -> Iterator[Check]:
+    """Hold ``generate`` against the book's loop: ragged rows, an end that some row reaches, a text that outgrows."""
+    context, random = model.config.context_length, np.random.default_rng(2)
+    graph = Graph(folder, "generate", model.config)
+    for case, sizes in (("greedy", [7]), ("left-padded greedy", [1, 9, 4]), ("beyond the context", [context - 1])):
+        rows = [random.integers(model.config.vocab_size, size=max(1, min(size, context))) for size in sizes]
+        output = _generate(graph, rows, 4, -1)
+        yield judge(model, case, rows, output, 4, -1)
+        eos = int(output[0, -2])
+        yield judge(model, f"{case}, early stop", rows, _generate(graph, rows, 4, eos), 4, eos)
+
+
+def _generate(graph: Graph, rows: list[Array], max_new_tokens: int, eos_token_id: int) -> Array:
+    """Ids (B, W): the rows, padded on the left, and what follows them."""
+    width = max(len(row) for row in rows)
+    return graph.run(
+        input_ids=np.stack([np.pad(row, (width - len(row), 0)) for row in rows]),
+        attention_mask=np.stack([np.pad(np.ones_like(row), (width - len(row), 0)) for row in rows]),
+        max_new_tokens=np.array(max_new_tokens),
+        eos_token_id=np.array(eos_token_id),
+    )[0]
+
+
+def judge(model: GPTModel, case: str, rows: list[Array], output: Array, max_new_tokens: int, eos: int) -> Check:
+    """Ask the eager model for each new id after the ids before it.
+
+    ``max_abs_diff`` is the least error of the logits that explains the choices: half the lead of the token that the
+    eager model prefers. It is infinite where no error explains the output: a wrong length, ids behind a row's end.
+    """
+    width, context = max(len(row) for row in rows), model.config.context_length
+    new = output[:, width:]
+    ends = [int(np.argmax(row == eos)) + 1 if eos in row else max_new_tokens for row in new]
+    leads, largest = [], 0.0
+    for row, new_ids, end in zip(rows, new, ends, strict=True):
+        ids = np.concatenate([row, new_ids[:end]])
+        for place in range(len(row), len(ids)):
+            logits = _eager(model, ids[None, max(0, place - context) : place])[0, -1]  # (V,)
+            leads.append(float(logits.max() - logits[ids[place]]))
+            largest = max(largest, float(np.abs(logits).max()))
+    filled = all((new_ids[end:] == eos).all() for new_ids, end in zip(new, ends, strict=True))
+    difference = max(leads) / 2 if filled and new.shape[1] == max(ends) else np.inf
+    agreement = leads.count(0.0) / len(leads)
+    return Check("generate", case, len(rows), output.shape[1], difference, max(ATOL, RTOL * largest), agreement)
 
 
 def _stepwise(graph: Graph, ids: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The bundle's graphs for other programs, forward.onnx and model.onnx; only ``verify`` runs them here."""
+"""The bundle's graphs for other programs: forward, model and generate; only ``verify`` runs them here."""
 
 from typing import Any
 
@@ -39,7 +39,19 @@ def model_contract(model: ModelConfig) -> GraphSpec:
     return GraphSpec("", tuple(inputs), tuple(outputs))
 
 
-CONTRACTS = {"forward": forward_contract, "model": model_contract}
+def generate_contract(_: ModelConfig) -> GraphSpec:
+    """Return the inputs and output that generate.onnx must have for any model."""
+    tokens = ("batch_size", "sequence_length")
+    inputs = [
+        TensorSpec("input_ids", "int64", tokens),
+        TensorSpec("attention_mask", "int64", tokens),
+        TensorSpec("max_new_tokens", "int64", ()),
+        TensorSpec("eos_token_id", "int64", ()),
+    ]
+    return GraphSpec("", tuple(inputs), (TensorSpec("output_ids", "int64", ("batch_size", "total_sequence_length")),))
+
+
+CONTRACTS = {"forward": forward_contract, "generate": generate_contract, "model": model_contract}
 
 
 class Graph:
@@ -84,6 +96,19 @@ def model_logits(graph: Graph, ids: list[int], n_first: int) -> Logits:
             past = {name: outputs[f"present.{name}"] for name in names}
             parts.append(_logits(graph, outputs, stop - start))
     return np.concatenate(parts)
+
+
+def generated_ids(graph: Graph, ids: list[int], max_new_tokens: int) -> list[int]:
+    """Return the ids that follow these ones."""
+    row = np.array([ids], np.int64)
+    feeds = {
+        "input_ids": row,
+        "attention_mask": np.ones_like(row),
+        "max_new_tokens": np.array(max_new_tokens, np.int64),
+        "eos_token_id": np.array(-1, np.int64),
+    }
+    new_ids: list[int] = graph.run(feeds)["output_ids"].ravel()[len(ids) :].tolist()
+    return new_ids
 
 
 def _model_feeds(ids: list[int], start: int, stop: int, past: Feeds) -> Feeds:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, VerificationError
 from .gpt import GPT
-from .graphs import Graph, forward_logits, model_logits
+from .graphs import Graph, forward_logits, generated_ids, model_logits
 from .limits import check_timeout, count_threads
 from .session import Logits, Session, choose_provider
 from .strict_json import JsonObject, parse_json
@@ -61,8 +61,15 @@ def verify(
     for name in sorted(bundle.graphs.keys() - {"decode"}):
         graph = Graph(bundle, name, n_threads, timeout_s)
         for answer in answers:
-            _compare(answer, _run(graph, _ids_in_context(bundle, answer), len(answer.token_ids)), atol, name)
+            _check(graph, bundle, answer, atol)
     return Verified(len(bundle.files), len(bundle.graphs), len(answers))
+
+
+def _check(graph: Graph, bundle: Bundle, answer: Answer, atol: float) -> None:
+    if graph.name != "generate":
+        _compare(answer, _run(graph, _ids_in_context(bundle, answer), len(answer.token_ids)), atol, graph.name)
+    elif generated_ids(graph, answer.token_ids, len(answer.new_token_ids)) != answer.new_token_ids:
+        raise _other_ids(answer, graph.name)
 
 
 def _run(graph: Graph, ids: list[int], n_prompt: int) -> Logits:

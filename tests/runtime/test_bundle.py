@@ -26,6 +26,7 @@ FILES = [
     "known_answers.json",
     "onnx/decode.onnx",
     "onnx/forward.onnx",
+    "onnx/generate.onnx",
     "onnx/model.onnx",
     "onnx/model.onnx_data",
     "tokenizer.json",
@@ -282,7 +283,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(edit: Edit) -> None:
 def test_verify_counts_what_it_checked(bundle: Path) -> None:
     done = verify(bundle)
     prompts = len(json.loads((bundle / "known_answers.json").read_text())["prompts"])
-    assert (done.files, done.graphs, done.prompts) == (len(FILES), 3, prompts)
+    assert (done.files, done.graphs, done.prompts) == (len(FILES), 4, prompts)
 
 
 def test_verify_finds_weights_that_were_changed_and_signed_again(bundle: Path, edit: Edit) -> None:

@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line(bundles: Path) -> None:
 def test_verify_says_what_it_checked(bundles: Path) -> None:
     done = gptedge("verify", bundles / "tiny")
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"ok: 13 files, 3 graphs, 3 known answers\n"
+    assert done.stdout == b"ok: 14 files, 4 graphs, 3 known answers\n"
 
 
 def test_verify_fails_with_3_where_the_answers_are_others(bundle: Path, edit: Edit) -> None:

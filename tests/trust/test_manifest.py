@@ -140,7 +140,7 @@ def may_pass(place: Place, value: Any) -> bool:
 
 @pytest.mark.parametrize("index", range(9))
 @pytest.mark.parametrize("key", ["name", "dtype", "shape"])
-@pytest.mark.parametrize("graph", ["decode", "forward", "model"])
+@pytest.mark.parametrize("graph", ["decode", "forward", "generate", "model"])
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 def test_each_tensor_of_each_graph_is_compared(edit: Edit, graph: str, side: str, index: int, key: str) -> None:
     def change(manifest: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def test_a_pattern_that_takes_for_ever_is_refused(edit: Edit) -> None:
         gpt.generate("a" * 60 + "c")
 
 
-@pytest.mark.parametrize("graph", ["decode", "forward", "model"])
+@pytest.mark.parametrize("graph", ["decode", "forward", "generate", "model"])
 def test_verify_finds_other_weights_behind_any_graph(bundle: Path, edit: Edit, graph: str) -> None:
     """A graph whose weights lie elsewhere in the file is sound in itself, and signed; only its answers are wrong."""
     onnx = pytest.importorskip("onnx")
