@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install wheel-test clean
+.PHONY: demo test lint install wheel-test release clean
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
@@ -31,6 +31,12 @@ wheel-test: install  ## the runtime's tests against the built wheel, in an envir
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	$(BIN)/python tests/make_bundles.py build/test-bundles
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime
+
+release: install  ## the wheel, and the bill of materials of what it installs on a device
+	rm -rf dist build/sbom && $(BIN)/python -m pip wheel -q --no-deps -w dist .
+	$(PYTHON) -m venv build/sbom && build/sbom/bin/pip install -q "$$(echo dist/gptedge-*.whl)[cpu]"
+	$(BIN)/pip install -q cyclonedx-bom
+	$(BIN)/cyclonedx-py environment build/sbom/bin/python --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json
 
 clean:
 	rm -rf build $(VENV)
