@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Install what the tests of the examples need: setup.sh [PYTHON], where PYTHON is of the environment that runs pytest.
+# npm packages, Chromium and the C header (Debian), and an environment of its own for onnxruntime-genai and optimum.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${1:-.venv/bin/python}
+
+for folder in examples/node examples/web tests/examples; do
+  cmp -s "$folder/package-lock.json" "$folder/node_modules/.installed" && continue
+  npm ci --prefix "$folder" --no-audit --no-fund
+  cp "$folder/package-lock.json" "$folder/node_modules/.installed"
+done
+
+"$python" -m pip install -q --disable-pip-version-check "playwright>=1.60,<2"
+
+if ! command -v chromium > /dev/null && [ "$(id -u)" = 0 ]; then
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends chromium
+fi
+
+[ -e examples/c/build/headers ] || make -C examples/c headers
+
+if ! cmp -s tests/examples/peers.txt build/peers-venv/.installed; then
+  "$python" -m venv --clear build/peers-venv
+  build/peers-venv/bin/python -m pip install -q --disable-pip-version-check -r tests/examples/peers.txt
+  cp tests/examples/peers.txt build/peers-venv/.installed
+fi
