@@ -8,6 +8,8 @@ const { default: ort } = await import("onnxruntime-node");
 
 const int64 = (dims, values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
 
+export const readManifest = (bundle) => JSON.parse(readFileSync(`${bundle}/manifest.json`, "utf8"));
+
 export const open = (bundle, graph) => ort.InferenceSession.create(`${bundle}/onnx/${graph}.onnx`);
 
 export function readTokenizer(bundle, { path, pattern, special_tokens }) {
@@ -55,7 +57,7 @@ export async function generate(session, prompts, maxNewTokens, eos) {
 }
 
 async function main(bundle, prompt, maxNewTokens = 40, flag) {
-  const manifest = JSON.parse(readFileSync(`${bundle}/manifest.json`, "utf8"));
+  const manifest = readManifest(bundle);
   const { encode, decode } = readTokenizer(bundle, manifest.tokenizer);
   const eos = manifest.tokenizer.eos_token_id ?? -1;
   if (flag === "--one-call") {
