@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install wheel-test release clean
+.PHONY: demo test lint install wheel-test examples-test release clean
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
@@ -27,10 +27,14 @@ $(VENV)/.installed: pyproject.toml
 wheel-test: install  ## the runtime's tests against the built wheel, in an environment that has never seen PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
-	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest hypothesis
+	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest pytest-timeout hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	$(BIN)/python tests/make_bundles.py build/test-bundles
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime
+
+examples-test: install  ## the bundle in Node, a browser, C and other runtimes
+	tests/examples/setup.sh $(BIN)/python
+	GPTEDGE_REQUIRE_HOSTS=1 $(BIN)/pytest -q tests/examples
 
 release: install  ## the wheel, and the bill of materials of what it installs on a device
 	rm -rf dist build/sbom && $(BIN)/python -m pip wheel -q --no-deps -w dist .
