@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from gptedge_models import GPTModel
 
+from .classifier import is_classifier
 from .verify import ATOL, RTOL
 
 SLACK = 4
@@ -24,14 +25,17 @@ def known_answers(model: GPTModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def _answer(model: GPTModel, prompt: list[int], max_new_tokens: int = 8) -> dict[str, Any]:
-    """The book's loop, ended before the first choice that is too close to call on another machine."""
+    """The book's loop, ended before the first choice that is too close to call on another machine.
+
+    A classifier's choice is no token: its loop ends after the first.
+    """
     ids, first = list(prompt), None
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids[-model.config.context_length :]]))[0, -1]  # (V,)
         first = logits if first is None else first
         values, indices = torch.topk(logits, min(2, len(logits)))
         slack = SLACK * max(ATOL, RTOL * float(logits.abs().max()))
-        if len(values) == 2 and float(values[0] - values[1]) <= 2 * slack:
+        if is_classifier(model) or (len(values) == 2 and float(values[0] - values[1]) <= 2 * slack):
             break
         ids.append(int(indices[0]))
     assert first is not None

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import weights
 from .answers import known_answers
 from .atomic import atomic_folder
+from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
 from .graphs import GRAPHS, trace
@@ -65,12 +66,13 @@ def export_bundle(
     force: bool = False,
     progress: bool = False,
     template: str | None = None,
+    classifier: Classifier | None = None,
 ) -> Report:
     """Export ``model`` as the bundle ``out``, verified against the model, and put it in place in one step.
 
-    ``template``: what an instruction model expects around ``{prompt}``. The same model, vocabulary and versions
-    give the same bytes. Raises :class:`ExportError` where the arguments do not fit or ``out`` cannot be written, and
-    ``ParityError``, with ``out`` untouched, where a graph does not agree.
+    ``template``: what an instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. The
+    same model, vocabulary and versions give the same bytes. Raises :class:`ExportError` where the arguments do not fit
+    or ``out`` cannot be written, and ``ParityError``, with ``out`` untouched, where a graph does not agree.
     """
     out = Path(out)
     if opset not in OPSETS:
@@ -80,18 +82,22 @@ def export_bundle(
             f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "
             f"give the tokenizer of this model with --tokenizer"
         )
+    assert is_classifier(model) == (classifier is not None)
     model.eval()
     with atomic_folder(out, replace=force) as folder:
         graphs = _write_graphs(model, folder, opset, progress)
         report = Report(out, "fp32", verify(model, folder, progress=progress))
         _write_files(model, folder, vocabulary, report)
-        _write_manifest(model, folder, vocabulary, graphs, opset, template)
+        extras: dict[str, Any] = {} if template is None else {"prompt_template": template}
+        extras |= {} if classifier is None else {"classifier": asdict(classifier)}
+        _write_manifest(model, folder, vocabulary, graphs, opset, extras)
     return report
 
 
 def _write_graphs(model: GPTModel, folder: Path, opset: int, progress: bool) -> dict[str, ir.Model]:
     (folder / "onnx").mkdir()
-    names = tqdm([*GRAPHS, "generate"], desc="export", unit=" graphs", disable=not progress, leave=False)
+    wanted = [*GRAPHS] if is_classifier(model) else [*GRAPHS, "generate"]
+    names = tqdm(wanted, desc="export", unit=" graphs", disable=not progress, leave=False)
     graphs = {name: _make_graph(model, name, opset) for name in names}
     weights.save(graphs, folder / "onnx")
     return graphs
@@ -106,6 +112,8 @@ def _make_graph(model: GPTModel, name: str, opset: int) -> ir.Model:
 def _write_files(model: GPTModel, folder: Path, vocabulary: Vocabulary, report: Report) -> None:
     (folder / "tokenizer.tiktoken").write_bytes(vocabulary.to_tiktoken())
     documents = companions(model.config, vocabulary)
+    if is_classifier(model):  # other tools would take it for a model that generates
+        documents = {name: document for name, document in documents.items() if name.startswith("tokenizer")}
     documents["known_answers.json"] = known_answers(model)
     documents["export_report.json"] = {
         "precision": report.precision,
@@ -126,7 +134,7 @@ def _write_manifest(
     vocabulary: Vocabulary,
     graphs: dict[str, ir.Model],
     opset: int,
-    template: str | None,
+    extras: dict[str, Any],
 ) -> None:
     config = model.config.to_dict()
     del config["drop_rate"]  # a matter of training
@@ -152,7 +160,7 @@ def _write_manifest(
         },
         "known_answers": {"path": "known_answers.json"},
         "files": [_entry(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()],
-        **({} if template is None else {"prompt_template": template}),
+        **extras,
     }
     _write_json(folder / "manifest.json", document)
 
@@ -184,7 +192,7 @@ def _card(model: GPTModel, report: Report) -> str:
 {config.n_layers} layers, {config.n_heads} heads, width {config.emb_dim}, context {config.context_length} tokens, \
 vocabulary {config.vocab_size}.
 
-    gptedge generate . "Hello, I am"
+    gptedge {"classify" if is_classifier(model) else "generate"} . "Hello, I am"
 
 Held against the PyTorch model in {len(report.checks)} comparisons at export: the logits differ by at most \
 {worst.max_abs_diff:.2g} at the worst place (bound {worst.bound:.2g}); all are in `export_report.json`.

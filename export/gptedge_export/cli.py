@@ -11,6 +11,7 @@ from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
 from gptedge_runtime.command import run
 
 from .bundle import DEFAULT_OPSET, Report, export_bundle
+from .classifier import describe_classifier
 from .errors import ExportError
 from .hugging_face import export_hugging_face
 from .template import load_template
@@ -36,6 +37,10 @@ Examples:
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
 @click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
+@click.option("--labels", metavar="A,B,...", help="For a classifier: the names of its classes, in their order.")
+@click.option(
+    "--max-length", type=int, metavar="N", help="For a classifier: tokens to which texts are padded; 0: none."
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no report and no progress.")
@@ -48,6 +53,8 @@ def command(
     opset: int,
     tokenizer: str | None,
     template: str | None,
+    labels: str | None,
+    max_length: int | None,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -68,6 +75,7 @@ def command(
         force=force,
         progress=sys.stderr.isatty() and not quiet,
         template=frame,
+        classifier=describe_classifier(model, vocabulary, labels=labels, max_length=max_length),
     )
     if as_json:
         click.echo(json.dumps(_summary(report, time.perf_counter() - started)))

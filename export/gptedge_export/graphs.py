@@ -84,9 +84,9 @@ class Stack(nn.Module):
         return x
 
     def logits(self, x: Tensor, batch_size: int) -> Tensor:
-        """(B*S, D) -> (B, S, V)."""
+        """(B*S, D) -> (B, S, V); a classifier has its classes where V stands."""
         logits: Tensor = self.out_head(self.final_norm(x))  # (B*S, V)
-        return logits.view(batch_size, -1, self.config.vocab_size)
+        return logits.view(batch_size, -1, self.out_head.out_features)
 
 
 def heads(x: Tensor, config: GPTConfig, batch_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from gptedge_models.hf import is_tied, to_hugging_face
 from safetensors.torch import save_file
 
 from .atomic import atomic_folder
+from .classifier import is_classifier
 from .companions import companions
 from .errors import ExportError
 from .vocabulary import Vocabulary
@@ -22,6 +23,8 @@ def export_hugging_face(model: GPTModel, out: Path | str, *, vocabulary: Vocabul
     out = Path(out)
     if out.exists():
         raise ExportError(f"{out} exists: choose another -o")
+    if is_classifier(model):
+        raise ExportError("the model is a classifier: only models that generate text go to Hugging Face's GPT-2")
     if vocabulary.size > model.config.vocab_size:
         raise ExportError(
             f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "

@@ -12,6 +12,7 @@ from gptedge_models import GPTConfig, GPTModel
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from .classifier import is_classifier
 from .errors import ParityError
 from .graphs import cache_names, cache_width
 
@@ -156,7 +157,8 @@ def _cases(model: GPTModel, folder: Path) -> Iterator[Check]:
         eager = np.stack([_eager(model, ids[[row], : size + 1])[0, -2:] for row, size in enumerate(sizes)])
         yield _compare("model", "left-padded batch", eager, _left_padded(graph("model"), ids, sizes))
         yield _compare("decode", "ragged batch", eager, _ragged(graph("decode"), ids, sizes))
-    yield from _greedy(model, folder)
+    if not is_classifier(model):
+        yield from _greedy(model, folder)
 
 
 def _greedy(model: GPTModel, folder: Path) -> Iterator[Check]:

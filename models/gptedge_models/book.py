@@ -20,7 +20,7 @@ _FINAL = {"final_norm.weight": Part(("final_norm.scale",)), "final_norm.bias": P
 
 
 def book(stored: Mapping[str, Shape]) -> Plan | None:
-    """Recognise the state dict of the book's ``GPTModel``; the masks may be missing."""
+    """Recognise the state dict of the book's ``GPTModel``, also with chapter 6's head; the masks may be missing."""
     if "tok_emb.weight" not in stored and not any(name.startswith("trf_blocks.") for name in stored):
         return None
     n_layers = count_blocks(r"trf_blocks\.(\d+)\.", stored)
@@ -32,7 +32,11 @@ def book(stored: Mapping[str, Shape]) -> Plan | None:
             for replaced in part.names:
                 parts.pop(replaced, None)
             parts[name] = part
-    return Plan({"n_layers": n_layers, "qkv_bias": qkv_bias}, parts)
+    n_classes = None
+    if "out_head.bias" in stored:
+        parts["out_head.bias"] = Part(("out_head.bias",))
+        n_classes = max(1, *stored["out_head.bias"])
+    return Plan({"n_layers": n_layers, "qkv_bias": qkv_bias}, parts, n_classes=n_classes)
 
 
 def _variants(n_layers: int) -> dict[str, Part]:

@@ -7,7 +7,7 @@ from statistics import mode
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .book import book
 from .files import open_weights
@@ -46,9 +46,10 @@ def load_checkpoint(
     checkpoint. ``config``: a :class:`GPTConfig`, the book's dict, a name in ``CONFIGS`` or a JSON file; needed where
     the checkpoint does not say ``n_heads``.
 
-    A head equal to the embedding shares its memory. The float32 weights of a ``.pth`` stay mapped: while the model
-    lives, replace the file by renaming, never write into it. Raises :class:`CheckpointError`, also for every tensor
-    that is missing, unexpected, mis-shaped, not a float or not finite; a missing file is a ``FileNotFoundError`` too.
+    A head with a bias is that of chapter 6's classifier: ``model.out_head.out_features`` classes. A head equal to the
+    embedding shares its memory. The float32 weights of a ``.pth`` stay mapped: while the model lives, replace the file
+    by renaming, never write into it. Raises :class:`CheckpointError`, also for every tensor that is missing,
+    unexpected, mis-shaped, not a float or not finite; a missing file is a ``FileNotFoundError`` too.
     """
     given = given_settings(config)
     if source == "random":
@@ -65,6 +66,8 @@ def load_checkpoint(
     facts = {**plan.defaults, **agree(path, statements)}
     tied = facts.pop("tie_word_embeddings", False)
     model = empty_model(_complete(path, facts))
+    if plan.n_classes:
+        model.out_head = nn.Linear(model.config.emb_dim, plan.n_classes, device="meta")
     state = _read(path, weights, plan, shapes(model))
     if tied and state["out_head.weight"] is not state["tok_emb.weight"]:
         raise CheckpointError(f"{label(path)} has lm_head unlike wte: set tie_word_embeddings false in config.json")

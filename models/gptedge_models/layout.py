@@ -52,7 +52,7 @@ class Plan:
     nobody states another. ``parts``: by stored name, in the model's order. ``zeros``: the model's tensors that the
     layout leaves out because they are zero. ``ignored``: stored names that carry nothing. ``config_file``: the name of
     what lies beside the tensors; ``needs_config``: they mean nothing without it. Without an ``out_head`` among the
-    parts the model reuses ``tok_emb``.
+    parts the model reuses ``tok_emb``. ``n_classes``: the head is a classifier's, of so many classes and with a bias.
     """
 
     facts: dict[str, Any]
@@ -62,6 +62,7 @@ class Plan:
     ignored: frozenset[str] = frozenset()
     config_file: str = ""
     needs_config: bool = False
+    n_classes: int | None = None
 
 
 def empty_model(config: GPTConfig) -> GPTModel:

@@ -2,6 +2,7 @@
 
 import os
 
+from .classify import Classification, Classifier, load_classifier
 from .errors import (
     BundleError,
     BundleNotFoundError,
@@ -22,6 +23,8 @@ __all__ = [
     "GPT",
     "BundleError",
     "BundleNotFoundError",
+    "Classification",
+    "Classifier",
     "GptEdgeError",
     "InputError",
     "OutOfMemoryError",
@@ -31,4 +34,5 @@ __all__ = [
     "TimeLimitError",
     "VerificationError",
     "load",
+    "load_classifier",
 ]

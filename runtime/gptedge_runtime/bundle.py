@@ -39,6 +39,8 @@ class ModelConfig:
     n_heads: int
     n_layers: int
     qkv_bias: bool
+    n_outputs: int
+    """Logits of a position: one for each token, or for each class of a classifier."""
 
     @property
     def head_dim(self) -> int:
@@ -75,6 +77,15 @@ class TokenizerSpec:
 
 
 @dataclass(frozen=True)
+class ClassifierSpec:
+    """The classes of a classifier; its texts are cut or padded to ``max_length`` tokens, where that is not 0."""
+
+    labels: tuple[str, ...]
+    max_length: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
 class FileSpec:
     """Size and hash that a file must have."""
 
@@ -96,6 +107,7 @@ class Bundle:
     known_answers: str
     files: Mapping[str, FileSpec]
     prompt_template: str | None
+    classifier: ClassifierSpec | None
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes after checking these very bytes, so that no later change of the file counts."""
@@ -149,10 +161,11 @@ def _parse_manifest(folder: Path, manifest: JsonObject) -> Bundle:
     if version != FORMAT_VERSION:
         raise BundleError(f"the bundle has format {version}, this gptedge reads {FORMAT_VERSION}: upgrade gptedge")
     graphs = manifest.child("graphs")
+    classifier = _parse_classifier(manifest.child("classifier")) if "classifier" in manifest.names else None
     bundle = Bundle(
         folder=folder,
         gptedge_version=manifest.text("gptedge_version"),
-        model=_parse_model(manifest.child("model")),
+        model=_parse_model(manifest.child("model"), classifier),
         precision=manifest.text("precision"),
         opset=manifest.whole("opset"),
         graphs={name: _parse_graph(graphs.child(name)) for name in sorted({"decode", *graphs.names})},
@@ -160,6 +173,7 @@ def _parse_manifest(folder: Path, manifest: JsonObject) -> Bundle:
         known_answers=manifest.child("known_answers").path("path"),
         files=_parse_files(manifest.children("files")),
         prompt_template=_parse_template(manifest) if "prompt_template" in manifest.names else None,
+        classifier=classifier,
     )
     used = [graph.path for graph in bundle.graphs.values()] + [bundle.tokenizer.path, bundle.known_answers]
     if unlisted := sorted(set(used) - set(bundle.files)):
@@ -174,13 +188,27 @@ def _parse_template(manifest: JsonObject) -> str:
     return template
 
 
-def _parse_model(values: JsonObject) -> ModelConfig:
+def _parse_classifier(values: JsonObject) -> ClassifierSpec:
+    labels = values.array("labels")
+    if not labels or not all(isinstance(label, str) and label for label in labels) or len(set(labels)) < len(labels):
+        raise BundleError(f"{MANIFEST}: the classifier's labels are not different names: export the bundle again")
+    max_length = values.whole("max_length", low=0, high=MAX_SIZES["context_length"])
+    return ClassifierSpec(tuple(labels), max_length, values.whole("pad_token_id", low=0))
+
+
+def _parse_model(values: JsonObject, classifier: ClassifierSpec | None) -> ModelConfig:
     sizes = {key: values.whole(key, high=high) for key, high in MAX_SIZES.items()}
-    config = ModelConfig(**sizes, qkv_bias=values.flag("qkv_bias"))
+    n_outputs = sizes["vocab_size"] if classifier is None else len(classifier.labels)
+    config = ModelConfig(**sizes, qkv_bias=values.flag("qkv_bias"), n_outputs=n_outputs)
     if config.emb_dim % config.n_heads:
         raise BundleError(
             f"{MANIFEST}: emb_dim {config.emb_dim} is no multiple of {config.n_heads} heads: export again"
         )
+    fits = classifier is None or (
+        classifier.max_length <= config.context_length and classifier.pad_token_id < config.vocab_size
+    )
+    if not fits:
+        raise BundleError(f"{MANIFEST}: the classifier's padding does not fit the model: export the bundle again")
     return config
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from .bundle import Bundle, open_bundle
+from .classify import load_classifier
 from .command import run, write
 from .errors import InputError
 from .evaluate import evaluate
@@ -114,6 +115,19 @@ def info_command(bundle: str) -> None:
     """Print what BUNDLE holds, after checking its files."""
     for name, value in _facts(open_bundle(bundle)).items():
         write(f"{name:<11} {value}\n")
+
+
+@cli.command("classify")
+@click.argument("bundle")
+@click.argument("text", required=False)
+@click.option("-f", "--file", metavar="FILE", help="Read the text from this file.")
+@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the label, the probability of each.")
+def classify_command(bundle: str, text: str | None, file: str | None, threads: int | None, as_json: bool) -> None:
+    """Print the class of TEXT, or of standard input where TEXT is missing or "-", by a classifier's BUNDLE."""
+    content = _read_prompt(text, file)
+    answer = load_classifier(bundle, threads=threads, progress=sys.stderr.isatty()).classify(content)
+    write((json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.label) + "\n")
 
 
 @cli.command("eval")

@@ -37,6 +37,8 @@ def load(
     device, n_threads = choose_provider(provider), count_threads(threads)
     check_timeout(timeout_s)
     bundle = open_bundle(path, progress=progress)
+    if bundle.classifier is not None:
+        raise InputError(f"the bundle {bundle.folder} is a classifier: use load_classifier, or gptedge classify")
     session = Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s)
     return GPT(load_tokenizer(bundle), session, bundle.prompt_template)
 

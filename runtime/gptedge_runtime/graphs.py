@@ -16,7 +16,7 @@ Feeds = dict[str, NDArray[Any]]
 def forward_contract(model: ModelConfig) -> GraphSpec:
     """Return the input and output that forward.onnx must have for a model of these sizes."""
     tokens = ("batch_size", "sequence_length")
-    logits = TensorSpec("logits", "float32", (*tokens, model.vocab_size))
+    logits = TensorSpec("logits", "float32", (*tokens, model.n_outputs))
     return GraphSpec("", (TensorSpec("input_ids", "int64", tokens),), (logits,))
 
 
@@ -33,7 +33,7 @@ def model_contract(model: ModelConfig) -> GraphSpec:
         *(TensorSpec(f"past_key_values.{name}", "float32", past) for name in names),
     ]
     outputs = [
-        TensorSpec("logits", "float32", (*tokens, model.vocab_size)),
+        TensorSpec("logits", "float32", (*tokens, model.n_outputs)),
         *(TensorSpec(f"present.{name}", "float32", present) for name in names),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))
@@ -121,7 +121,7 @@ def _model_feeds(ids: list[int], start: int, stop: int, past: Feeds) -> Feeds:
 
 def _logits(graph: Graph, outputs: Feeds, length: int) -> Logits:
     logits: Logits = outputs["logits"]
-    if logits.shape != (1, length, graph.model.vocab_size):  # onnxruntime does not hold a graph to its own shapes
+    if logits.shape != (1, length, graph.model.n_outputs):  # onnxruntime does not hold a graph to its own shapes
         raise BundleError(f"the graph {graph.name} answers in another shape than it says: export the bundle again")
     row: Logits = logits[0]
     return row

@@ -54,7 +54,7 @@ class Session:
         batch, length = ids.shape
         should_stop = until(self.timeout_s, never)
         try:
-            logits = np.empty((batch, length, self.model.vocab_size), np.float32)
+            logits = np.empty((batch, length, self.model.n_outputs), np.float32)
         except MemoryError as error:
             raise _out_of_memory() from error
         for part in split_rows([length] * batch):
@@ -91,7 +91,7 @@ class Session:
         """Run the last token at the last position: smaller tables than the manifest says show now, not in use."""
         feeds = prefill_feeds(np.array([[self.model.vocab_size - 1]]), np.array([1]), np.array([[0]]))
         feeds["position_ids"][:] = self.model.context_length - 1
-        key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.vocab_size), np.float32)
+        key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.n_outputs), np.float32)
         try:
             self.run_long(self.bind(feeds, key_values, logits), until(self.timeout_s, never))
         except BundleError as error:
@@ -112,7 +112,7 @@ class Cache:
         self._last = capacity - 1
         self._lengths = np.zeros(batch, np.int64)
         self._key_values = session.new_key_values(batch, capacity)
-        self._logits = np.empty((batch, 1, session.model.vocab_size), np.float32)
+        self._logits = np.empty((batch, 1, session.model.n_outputs), np.float32)
         self.logits: Logits = self._logits[:, 0]
         self._feeds: dict[str, NDArray[Any]] = {
             "input_ids": np.zeros((batch, 1), np.int64),
@@ -283,7 +283,7 @@ def decode_contract(model: ModelConfig) -> GraphSpec:
         *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in cache_names(model)),
     ]
     outputs = [
-        TensorSpec("logits", "float32", ("batch_size", "logit_count", model.vocab_size)),
+        TensorSpec("logits", "float32", ("batch_size", "logit_count", model.n_outputs)),
         *(TensorSpec(f"present.{name}", "float32", cache) for name in cache_names(model)),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))

@@ -114,6 +114,7 @@ def _read_answer(bundle: Bundle, prompt: JsonObject, name: str) -> Answer:
     ids, new_ids, logit_ids, logits = (prompt.array(k) for k in ("token_ids", "new_token_ids", "logit_ids", "logits"))
     whole = all(_is_id(value, bundle) for value in [*ids, *new_ids, *logit_ids])
     numbers = all(isinstance(value, float) for value in logits)
+    whole = whole and all(logit_id < bundle.model.n_outputs for logit_id in logit_ids)
     fits = 1 <= len(ids) <= bundle.model.context_length and 1 <= len(logit_ids) == len(logits)
     if not (whole and numbers and fits):
         raise BundleError(f"{name} is not a prompt with its logits: export the bundle again")
