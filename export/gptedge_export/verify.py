@@ -165,12 +165,13 @@ def _greedy(model: GPTModel, folder: Path) -> Iterator[Check]:
     """Hold ``generate`` against the book's loop: ragged rows, an end that some row reaches, a text that outgrows."""
     context, random = model.config.context_length, np.random.default_rng(2)
     graph = Graph(folder, "generate", model.config)
-    for case, sizes in (("greedy", [7]), ("left-padded greedy", [1, 9, 4]), ("beyond the context", [context - 1])):
+    for case, sizes, steps in (("greedy", [7], 4), ("ragged", [1, 9, 4], 4), ("beyond the context", [context - 1], 3)):
         rows = [random.integers(model.config.vocab_size, size=max(1, min(size, context))) for size in sizes]
-        output = _generate(graph, rows, 4, -1)
-        yield judge(model, case, rows, output, 4, -1)
-        eos = int(output[0, -2])
-        yield judge(model, f"{case}, early stop", rows, _generate(graph, rows, 4, eos), 4, eos)
+        output = _generate(graph, rows, steps, -1)
+        yield judge(model, case, rows, output, steps, -1)
+        if len(rows) > 1:
+            eos = int(output[0, -2])
+            yield judge(model, f"{case}, early stop", rows, _generate(graph, rows, steps, eos), steps, eos)
 
 
 def _generate(graph: Graph, rows: list[Array], max_new_tokens: int, eos_token_id: int) -> Array:
