@@ -2,6 +2,7 @@
 
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
+FOLDER/close is a model whose every choice the last bits of the logits decide.
 """
 
 import sys
@@ -71,6 +72,11 @@ def main(folder: Path) -> None:
     model = random_model(TINY)
     export_bundle(model, folder / "tiny", vocabulary=tiny_vocabulary(), force=True)
     write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
+    model = random_model(TINY)
+    head = model.out_head.weight.data
+    head[1:4] = head[0] * torch.tensor([[1.0], [-1.0], [-1.0]]) * (1 + 1e-7 * torch.randn(3, TINY.emb_dim))
+    head[4:] = 0  # 0 or 1, 2 or 3 are the most likely, and all but alike
+    export_bundle(model, folder / "close", vocabulary=tiny_vocabulary(), force=True)
     model = random_model(ODD)
     export_bundle(model, folder / "odd", vocabulary=load_vocabulary("bytes"), force=True)
     write_oracle(folder / "odd.npz", model, (3, 9), new_tokens=24)

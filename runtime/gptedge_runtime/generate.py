@@ -1,6 +1,6 @@
 """The loop: ids in, ids out. It knows no text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,9 @@ import numpy as np
 from .errors import BundleError, InputError
 from .limits import ShouldStop, Stopped, until
 from .session import Cache, Logits, Session
+from .speculate import Speculation
+
+Decode = Callable[[Sequence[int], ShouldStop], None]
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,11 @@ def generate(
     *,
     sampling: Sampling | None,
     should_stop: ShouldStop,
+    speculate: bool = True,
 ) -> Iterator[dict[int, int]]:
     """Yield step by step one new id for each row that still runs; row b runs ``n_steps[b]`` steps.
 
+    A single greedy row is continued with drafts unless ``speculate`` is false: the same ids from fewer runs.
     Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite, and
     ``TimeLimitError`` when the session's time limit is over.
     """
@@ -78,10 +83,14 @@ def generate(
     seeds = np.random.SeedSequence(sampling.seed if sampling else 0).spawn(len(rows))
     randoms = [np.random.default_rng(seed) for seed in seeds]
     cache = session.new_cache(len(rows), min(context_length, max(ends)))
+    decode: Decode = cache.decode
+    is_greedy = sampling is None or sampling.temperature == 0
+    if speculate and is_greedy and len(rows) == 1 and session.rounds_finely:
+        decode = Speculation(cache, rows[0]).decode
     running = [b for b, steps in enumerate(n_steps) if steps]
     try:
         while running and not should_stop():
-            _read_on(cache, rows, running, context_length, should_stop)
+            _read_on(cache, decode, rows, running, context_length, should_stop)
             step = choose(cache.logits, running, sampling, randoms)
             for b, token_id in step.items():
                 rows[b].append(token_id)
@@ -92,19 +101,24 @@ def generate(
 
 
 def _read_on(
-    cache: Cache, rows: list[list[int]], running: list[int], context_length: int, should_stop: ShouldStop
+    cache: Cache,
+    decode: Decode,
+    rows: list[list[int]],
+    running: list[int],
+    context_length: int,
+    should_stop: ShouldStop,
 ) -> None:
     """Bring the cache's logits up to each running row's last id.
 
     A row longer than the context is read anew, its last ids with positions from 0, as the book does: learned absolute
     positions leave nothing of the cache to reuse.
     """
-    if cache.is_empty:
+    if cache.length == 0:
         cache.prefill([row[-context_length:] for row in rows], should_stop)
         return
     slid = [b for b in running if len(rows[b]) > context_length]
     if len(slid) < len(running):
-        cache.decode([row[-1] for row in rows], should_stop)
+        decode([row[-1] for row in rows], should_stop)
     for b in slid:
         cache.refill(slice(b, b + 1), [rows[b][-context_length:]], should_stop)
 

@@ -30,6 +30,7 @@ class Session:
         self.model = bundle.model
         self.provider = provider
         self.timeout_s = timeout_s
+        self.rounds_finely = bundle.precision in ("fp32", "fp16")  # the others round activations to 8 bits
         self.cache_names = cache_names(bundle.model)
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
         self._ort = import_onnxruntime()
@@ -102,32 +103,26 @@ class Session:
 
 
 class Cache:
-    """Keys and values of B rows, kept in place, and the buffers of a decode step, bound once.
-
-    ``logits`` float32 (B, V) belong to each row's last token; every call writes over them.
-    """
+    """Keys and values of B rows, kept in place."""
 
     def __init__(self, session: Session, batch: int, capacity: int) -> None:
         self._session = session
-        self._last = capacity - 1
+        self.capacity = capacity
         self._lengths = np.zeros(batch, np.int64)
         self._key_values = session.new_key_values(batch, capacity)
-        self._logits = np.empty((batch, 1, session.model.n_outputs), np.float32)
-        self.logits: Logits = self._logits[:, 0]
-        self._feeds: dict[str, NDArray[Any]] = {
-            "input_ids": np.zeros((batch, 1), np.int64),
-            "position_ids": np.zeros((batch, 1), np.int64),
-            "seqlens_k": np.zeros(batch, np.int32),
-            "total_sequence_length": np.zeros((), np.int32),
-            "logit_positions": np.zeros((batch, 1), np.int64),
-        }
-        self._step = session.bind(self._feeds, self._key_values, self._logits)
-        self._step_s = 0.0 if session.timeout_s is None else np.inf
+        self._steps: dict[int, Step] = {}
+        self._step = self._steps[1] = Step(session, self._key_values, 1)
+        self._n_accepted = 0
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been read yet."""
-        return not self._lengths.any()
+    def logits(self) -> Logits:
+        """Of each row's last token, float32 (B, V); every call writes over them."""
+        return self._step.logits[:, self._n_accepted]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self._lengths.max())
 
     def prefill(self, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
         """Read one row of ids for each row of the cache. Raises ``Stopped``."""
@@ -136,32 +131,72 @@ class Cache:
 
     def refill(self, part: slice, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
         """Read ids in the place of what these rows of the cache held. Raises ``Stopped``."""
+        self._step, self._n_accepted = self._steps[1], 0
         lengths = np.array([len(row) for row in rows])
         feeds = prefill_feeds(pad_right(rows), lengths, lengths[:, None] - 1)
-        binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._logits[part])
+        binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._step.logits[part])
         self._session.run_long(binding, should_stop)
         self._lengths[part] = lengths
 
-    def decode(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
+    def decode(self, next_ids: Sequence[int], should_stop: ShouldStop, drafts: Sequence[int] = ()) -> None:
         """Append one id to each row. A full row gets its last place written over, and logits that mean nothing.
 
-        Raises ``Stopped``, though not from steps too short to be worth the ear.
+        A single row may bring drafts of the ids behind: they are read in the same step, and none belongs to the row
+        before it is accepted. Raises ``Stopped``, though not from steps too short to be worth the ear.
         """
-        places = np.minimum(self._lengths, self._last)
-        self._feeds["input_ids"][:, 0] = next_ids
-        self._feeds["position_ids"][:, 0] = places
-        self._feeds["seqlens_k"][:] = places
-        self._feeds["total_sequence_length"][...] = places.max() + 1
-        self._run_step(should_stop)
+        n_tokens = 1 + len(drafts)
+        if n_tokens not in self._steps:
+            self._steps[n_tokens] = Step(self._session, self._key_values, n_tokens)
+        self._step, self._n_accepted = self._steps[n_tokens], 0
+        places = np.minimum(self._lengths, self.capacity - n_tokens)
+        self._step.run(next_ids, drafts, places, should_stop)
         self._lengths = places + 1
 
-    def _run_step(self, should_stop: ShouldStop) -> None:
-        if self._step_s > POLL_S:
-            return self._session.run_long(self._step, should_stop)
+    def accept(self) -> None:
+        """Append the next draft of the last step; its logits are there already."""
+        self._n_accepted += 1
+        self._lengths += 1
+
+    def shorten(self, length: int) -> None:
+        """Forget all but the first ids of each row."""
+        self._lengths[:] = length
+
+    def cost(self, n_tokens: int) -> float:
+        """Return the time of a step of several tokens, as a multiple of a plain step's."""
+        return self._steps[n_tokens].least_s / self._steps[1].least_s
+
+
+class Step:
+    """The buffers of a decode step of one or several tokens a row, bound once, and the least time that it took."""
+
+    def __init__(self, session: Session, key_values: Sequence[NDArray[np.float32]], n_tokens: int) -> None:
+        batch = len(key_values[0])
+        self._session = session
+        self._places = np.arange(n_tokens)
+        self._feeds: dict[str, NDArray[Any]] = {
+            "input_ids": np.zeros((batch, n_tokens), np.int64),
+            "position_ids": np.zeros((batch, n_tokens), np.int64),
+            "seqlens_k": np.zeros(batch, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "logit_positions": np.tile(self._places, (batch, 1)),
+        }
+        self.logits = np.empty((batch, n_tokens, session.model.n_outputs), np.float32)
+        self.least_s = np.inf
+        self._binding = session.bind(self._feeds, key_values, self.logits)
+
+    def run(self, next_ids: Sequence[int], drafts: Sequence[int], places: Ids, should_stop: ShouldStop) -> None:
+        """Read one id for each row, and drafts behind it, at places int64 (B,) and those behind. Raises ``Stopped``."""
+        self._feeds["input_ids"][:, 0] = next_ids
+        self._feeds["input_ids"][:, 1:] = drafts
+        self._feeds["position_ids"][:] = places[:, None] + self._places
+        self._feeds["seqlens_k"][:] = places + len(drafts)
+        self._feeds["total_sequence_length"][...] = places.max() + 1 + len(drafts)
         started = time.perf_counter()
-        self._session.run(self._step)
-        self._step_s = time.perf_counter() - started
-        return None
+        if self.least_s > POLL_S or self._session.timeout_s is not None:
+            self._session.run_long(self._binding, should_stop)
+        else:
+            self._session.run(self._binding)
+        self.least_s = min(self.least_s, time.perf_counter() - started)
 
 
 def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids) -> dict[str, NDArray[Any]]:

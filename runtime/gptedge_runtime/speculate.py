@@ -1,0 +1,111 @@
+"""Prompt lookup decoding: where the text repeats itself, several tokens are read in one step, and none is another.
+
+Drafts are the ids that followed the same n-gram before (Saxena, "Prompt lookup decoding", 2023). One step reads them
+all, and those stay that greedy decoding chooses (Leviathan et al., arXiv 2211.17192).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .limits import ShouldStop, Stopped
+from .session import Cache, Logits
+
+NGRAM = 4
+SIZES = (8, 16)  # tokens of a step with drafts: the second after a step whose drafts all stayed
+EARNED = 1 / 64  # of a step's time, which each plain step allows drafts to lose
+MAX_CREDIT = 8.0
+
+
+class Speculation:
+    """Decodes one greedy row as ``Cache.decode`` does, with the same logits' choice and fewer steps.
+
+    Drafts are made on credit, counted in plain steps: tokens gained add to it, the time of steps with drafts takes from
+    it, so that text which does not repeat loses at most ``EARNED`` of its time and one step.
+    """
+
+    def __init__(self, cache: Cache, row: list[int]) -> None:
+        self._cache = cache
+        self._row = row  # the caller appends to it
+        self._lookup = Lookup(row)
+        self._drafts: list[int] = []
+        self._size = SIZES[0]
+        self._credit = -EARNED  # the first step is a plain one, whose time is the measure
+        self._n_exact = len(row)  # ids that the cache holds exactly as plain steps would
+
+    def decode(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
+        """Bring the cache's logits up to the row's last id, ``next_ids[0]``. Raises ``Stopped``."""
+        if self._drafts and self._drafts.pop(0) == next_ids[0]:
+            self._cache.accept()
+            self._earn(1)
+            if not self._drafts:
+                self._size = SIZES[-1]
+        else:
+            self._step(next_ids, should_stop)
+        if self._n_exact < len(self._row) and is_close(self._cache.logits[0]):
+            self._read_again(should_stop)
+
+    def _step(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
+        room = self._cache.capacity - self._cache.length
+        size = max((size for size in SIZES if size <= min(self._size, room)), default=1)
+        self._size = SIZES[0]
+        self._drafts = self._lookup.draft(size - 1) if self._credit >= 0 else []
+        self._cache.decode(next_ids, should_stop, self._drafts)
+        if self._drafts:
+            self._earn(1 - self._cache.cost(size))
+            return
+        self._earn(EARNED)
+        if self._n_exact == len(self._row) - 1:
+            self._n_exact += 1
+
+    def _read_again(self, should_stop: ShouldStop) -> None:
+        """Read once more, by plain steps, all ids behind those that plain steps have read.
+
+        A step of several tokens adds in another order: its logits, and all that come from its keys and values, differ
+        in the last bits. These may decide between logits so close; then the bits of the plain loop have to.
+        """
+        self._drafts = []
+        self._cache.shorten(self._n_exact)
+        for token_id in self._row[self._n_exact :]:
+            if should_stop():
+                raise Stopped
+            self._cache.decode([token_id], should_stop)
+            self._earn(-1)
+        self._n_exact = len(self._row)
+
+    def _earn(self, steps: float) -> None:
+        self._credit = min(self._credit + steps, MAX_CREDIT)
+
+
+class Lookup:
+    """Finds what followed the last n-gram of a growing row where it stood before, at the same cost at any length."""
+
+    def __init__(self, row: list[int]) -> None:
+        self._row = row
+        self._n_read = 0
+        self._followed: dict[tuple[int, ...], int] = {}  # n-gram -> place in the row behind its last occurrence
+        self._place: int | None = None
+
+    def draft(self, count: int) -> list[int]:
+        """Return ``count`` ids, or none where the row's last n-gram is new."""
+        for end in range(self._n_read + 1, len(self._row) + 1):
+            ngram = tuple(self._row[max(end - NGRAM, 0) : end])
+            self._place = self._followed.get(ngram)
+            self._followed[ngram] = end
+        self._n_read = len(self._row)
+        if self._place is None:
+            return []
+        draft = self._row[self._place : self._place + count]
+        period = len(self._row) - self._place
+        while len(draft) < count:
+            draft.append(draft[-period])
+        return draft
+
+
+def is_close(logits: Logits) -> bool:
+    """Whether two sound float32 programs, which add in different orders, may find another largest logit of (V,).
+
+    Each differs by at most the bound of parity: ``max(1e-5, 2e-5 * max|logit|)``.
+    """
+    top, lowest = float(logits.max()), float(logits.min())
+    return int(np.count_nonzero(logits >= top - 2 * max(1e-5, 2e-5 * max(top, -lowest)))) > 1

@@ -1,0 +1,162 @@
+"""Prompt lookup decoding: the plain loop's ids in fewer steps."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptedge_runtime import GPT, InputError, Sampling, load
+from gptedge_runtime.generate import count_steps, generate
+from gptedge_runtime.session import Step
+from gptedge_runtime.speculate import NGRAM, Lookup, is_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+Models = dict[str, GPT]
+N_RANDOM = 4
+
+short = st.lists(st.integers(0, 256), min_size=1, max_size=12)
+repetitive = st.builds(lambda head, period, times: head + period * times, short, short, st.integers(1, 8))
+prompts = st.one_of(repetitive, st.lists(st.integers(0, 256), min_size=1, max_size=40))
+
+
+@pytest.fixture(scope="module")
+def models(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    """The bundles, and ``tiny`` with other random weights: not all of them fall into a loop."""
+    folder = tmp_path_factory.mktemp("random")
+    paths = {name: bundles / name for name in ("tiny", "odd", "demo", "close")}
+    paths |= {f"random {seed}": write_random(bundles / "tiny", folder / str(seed), seed) for seed in range(N_RANDOM)}
+    models = {name: load(path) for name, path in paths.items()}
+    yield models
+    for gpt in models.values():
+        gpt.close()
+
+
+def write_random(tiny: Path, path: Path, seed: int) -> Path:
+    shutil.copytree(tiny, path)
+    weights = path / "onnx/model.onnx_data"
+    values = np.random.default_rng(seed).standard_normal(weights.stat().st_size // 4).astype(np.float32)
+    weights.write_bytes((values * 0.3).tobytes())
+    return rewrite(path, {})
+
+
+def rewrite(bundle: Path, change: dict[str, Any]) -> Path:
+    """Change entries of the manifest, and make its hashes right again."""
+    manifest = json.loads((bundle / "manifest.json").read_text("utf-8")) | change
+    for entry in manifest["files"]:
+        data = (bundle / entry["path"]).read_bytes()
+        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    return bundle
+
+
+def run(gpt: GPT, prompt: list[int], n_steps: int, *, speculate: bool, sampling: Sampling | None = None) -> list[int]:
+    steps = generate(
+        gpt._session, [prompt], [n_steps], sampling=sampling, should_stop=lambda: False, speculate=speculate
+    )
+    return [step[0] for step in steps]
+
+
+@pytest.fixture
+def count_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many decode steps have run so far."""
+    runs: list[int] = []
+    original = Step.run
+
+    def spy(step: Step, *arguments: Any) -> None:
+        runs.append(1)
+        original(step, *arguments)
+
+    monkeypatch.setattr(Step, "run", spy)
+    return lambda: len(runs)
+
+
+@pytest.mark.parametrize("name", ["tiny", "odd", "demo", "close", *(f"random {seed}" for seed in range(N_RANDOM))])
+@given(prompt=prompts, count=st.integers(0, 90), on_overflow=st.sampled_from(["slide", "stop", "error"]))
+@settings(max_examples=30, deadline=None)
+def test_ids_are_those_of_plain_steps(
+    models: Models, name: str, prompt: list[int], count: int, on_overflow: str
+) -> None:
+    gpt = models[name]
+    try:
+        (n_steps,) = count_steps([len(prompt)], count, gpt.config.context_length, on_overflow)
+    except InputError:
+        return
+    assert run(gpt, prompt, n_steps, speculate=True) == run(gpt, prompt, n_steps, speculate=False)
+
+
+@pytest.mark.parametrize("room", range(4))
+def test_drafts_end_where_the_context_does(models: Models, room: int) -> None:
+    gpt = models["demo"]
+    prompt = (list(b"one two three ") * 200)[: gpt.config.context_length - 30 - room]
+    n_steps = 30 + room + 2
+    assert run(gpt, prompt, n_steps, speculate=True) == run(gpt, prompt, n_steps, speculate=False)
+
+
+def test_text_that_repeats_itself_takes_fewer_steps(models: Models, count_runs: Callable[[], int]) -> None:
+    prompt, n_steps = list(b"a b c d e f g h " * 8), 64
+    new_ids = run(models["demo"], prompt, n_steps, speculate=True)
+    assert len(new_ids) == n_steps
+    assert count_runs() < n_steps - 1
+
+
+def test_steps_are_plain_where_tokens_are_drawn(models: Models, count_runs: Callable[[], int]) -> None:
+    run(models["demo"], list(b"a b c d e f g h " * 8), 32, speculate=True, sampling=Sampling(top_k=1))
+    assert count_runs() == 31
+
+
+def test_steps_are_plain_where_activations_are_rounded_to_8_bits(bundle: Path, count_runs: Callable[[], int]) -> None:
+    with load(rewrite(bundle, {"precision": "int8"})) as gpt:
+        run(gpt, [1, 2, 3, 4] * 3, 16, speculate=True)
+    assert count_runs() == 15
+
+
+def test_a_choice_that_rounding_decides_is_read_again(models: Models, count_runs: Callable[[], int]) -> None:
+    n_steps = 24
+    run(models["close"], [1, 2, 3, 4] * 2, n_steps, speculate=True)
+    assert count_runs() > n_steps - 1
+
+
+@pytest.mark.parametrize("count", range(20, 40))
+def test_a_stop_between_tokens_of_one_step_is_heard(models: Models, count: int) -> None:
+    prompt = list(b"a b c d e f g h " * 8)
+    new_ids: list[int] = []
+    for step in generate(
+        models["demo"]._session, [prompt], [64], sampling=None, should_stop=lambda: len(new_ids) >= count
+    ):
+        new_ids.append(step[0])
+    assert new_ids == run(models["demo"], prompt, count, speculate=False)
+
+
+@given(row=st.lists(st.integers(0, 2), min_size=1), more=st.lists(st.integers(0, 2)), count=st.integers(1, 20))
+def test_drafts_are_what_followed_the_last_ngram(row: list[int], more: list[int], count: int) -> None:
+    lookup = Lookup(row)
+    lookup.draft(1)
+    row += more
+    ngram = row[-NGRAM:]
+    places = [place for place in range(NGRAM, len(row)) if row[place - NGRAM : place] == ngram]
+    drafts = lookup.draft(count)
+    if len(row) > NGRAM and places:
+        period = len(row) - places[-1]
+        assert drafts == [row[places[-1] + i % period] for i in range(count)]
+    else:
+        assert drafts == []
+
+
+@pytest.mark.parametrize(
+    ("logits", "close"),
+    [
+        ([1.0, 0.9, -5.0], False),
+        ([1.0, 1.0, -5.0], True),
+        ([0.0, 10.0, 10.0 - 3.9e-4], True),
+        ([0.0, 10.0, 10.0 - 4.1e-4], False),
+        ([-10.0, 1.0, 1.0 - 3.9e-4], True),
+        ([0.0, 1e-6, 2e-6], True),
+    ],
+)
+def test_logits_are_close_within_twice_the_bound_of_parity(logits: list[float], close: bool) -> None:
+    assert is_close(np.array(logits, np.float32)) is close
