@@ -1,0 +1,92 @@
+"""What benchmarks/peers.py measured, as a Markdown table and a plot."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Results = dict[str, list[dict[str, Any]]]
+"""Tool and precision -> the figures of each round, or a ``reason`` why there are none."""
+
+COLUMNS = {
+    "prefill_512_tokens_per_s": "prefill, 512 tokens",
+    "decode_64_tokens_per_s": "decode after 64",
+    "decode_832_tokens_per_s": "decode after 832",
+    "repetitive_tokens_per_s": "decode, text that repeats",
+    "load_s": "load, s",
+    "first_token_s": "process start to first token, s",
+    "peak_rss_mb": "peak RSS, MB",
+}
+
+
+def table(results: Results) -> Iterator[str]:
+    """Yield the lines of a Markdown table, a tool at a precision in each; the numbers are tokens/s but where said."""
+    yield f"| | {' | '.join(COLUMNS.values())} | same ids as PyTorch | top-1 agreement |"
+    yield "|---" * (len(COLUMNS) + 3) + "|"
+    for name, rounds in results.items():
+        if reason := failure(rounds):
+            yield f"| {name} | {reason.replace('|', '/')} {'|' * (len(COLUMNS) + 2)}"
+            continue
+        cells = [spread([one[key] for one in rounds]) for key in COLUMNS]
+        same, agreed = all(one["same_ids"] for one in rounds), rounds[-1]["top1_agreement"]
+        yield f"| {name} | {' | '.join(cells)} | {'yes' if same else 'no'} | {agreed:.0%} |"
+
+
+def failure(rounds: list[dict[str, Any]]) -> str | None:
+    return next((one["reason"] for one in rounds if "reason" in one), None)
+
+
+def spread(values: list[float]) -> str:
+    middle = statistics.median(values)
+    digits = 1 if middle < 100 else 0
+    return f"{middle:,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+
+
+def machine(threads: int, packages: Iterable[str]) -> Iterator[str]:
+    """Yield what the figures depend on."""
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.processor())
+    flags = {flag for line in info if line.startswith("flags") for flag in line.split()}
+    simd = sorted(flags & {"avx2", "avx512f", "avx_vnni", "avx512_vnni"})
+    yield f"- {model} ({' '.join(simd)}), {len(os.sched_getaffinity(0))} CPUs, {threads} threads, {platform.platform()}"
+    yield f"- Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw decode speed behind a short and behind a long text, a bar for each tool and precision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = {name: rounds for name, rounds in reversed(results.items()) if not failure(rounds)}
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(measured) + 1.2), layout="constrained")
+    for offset, (key, label) in enumerate([("decode_832_tokens_per_s", "832"), ("decode_64_tokens_per_s", "64")]):
+        values = [statistics.median(one[key] for one in rounds) for rounds in measured.values()]
+        bars = axes.barh(np.arange(len(measured)) + 0.4 * offset - 0.2, values, 0.4, label=f"after {label} tokens")
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+    axes.set_yticks(range(len(measured)), list(measured))
+    axes.set_xlabel("decode, tokens/s")
+    axes.legend()
+    figure.savefig(path)
+
+
+def write_report(results: Results, output: Path, threads: int, packages: Iterable[str]) -> None:
+    """Write peers.json, peers.md and peers.svg."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output / "peers.md").write_text("\n".join([*table(results), "", *machine(threads, packages)]) + "\n")
+    plot(results, output / "peers.svg")
