@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from .batch import Job, run_batch
+from .batch_rows import Defaults
 from .bundle import Bundle, open_bundle
 from .classify import load_classifier
 from .command import run, write
@@ -97,6 +99,44 @@ def generate_command(
             for piece in stream:
                 write(piece)
         write("\n")
+
+
+@cli.command("batch")
+@click.argument("bundle")
+@click.argument("source", metavar="IN")
+@click.argument("target", metavar="OUT")
+@click.option("-n", "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, show_default=True, help="Tokens a row.")
+@click.option("--stop", metavar="TEXT", help="End a row before this text.")
+@click.option(
+    "--on-overflow",
+    type=click.Choice(["slide", "stop", "error"]),
+    default="slide",
+    show_default=True,
+    help="Past the context length: drop the oldest token, end there, or answer the row with an error.",
+)
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Rows that are computed together.")
+@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+def batch_command(
+    bundle: str,
+    source: str,
+    target: str,
+    max_new_tokens: int,
+    stop: str | None,
+    on_overflow: str,
+    batch_size: int,
+    threads: int | None,
+) -> None:
+    """Continue the prompt of each row of IN, a file of JSON lines, and write a row for it to OUT.
+
+    \b
+    {"id": 1, "prompt": "Once upon a time", "max_new_tokens": 40, "stop": "."}
+
+    id and prompt are required. OUT has the order of IN. Killed, the same command goes on where it was. A row that
+    cannot be answered gets {"id", "error"}. Names that end in .parquet are read and written as Parquet.
+    """
+    job = Job(bundle, Defaults(max_new_tokens, stop, on_overflow), batch_size=batch_size, threads=threads)
+    summary = run_batch(job, source, target, progress=sys.stderr.isatty())
+    click.echo(f"{target}: {summary}", err=True)
 
 
 @cli.command("verify")

@@ -1,6 +1,6 @@
 """The loop: ids in, ids out. It knows no text."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from .errors import BundleError, InputError
 from .limits import ShouldStop, Stopped, until
 from .session import Cache, Logits, Session
-from .speculate import Speculation
+from .speculate import Speculation, is_close
 
 Decode = Callable[[Sequence[int], ShouldStop], None]
 
@@ -69,12 +69,16 @@ def generate(
     sampling: Sampling | None,
     should_stop: ShouldStop,
     speculate: bool = True,
+    given_up: Set[int] = frozenset(),
+    close: set[int] | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yield step by step one new id for each row that still runs; row b runs ``n_steps[b]`` steps.
 
     A single greedy row is continued with drafts unless ``speculate`` is false: the same ids from fewer runs.
-    Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite, and
-    ``TimeLimitError`` when the session's time limit is over.
+    The caller may add rows to ``given_up``, which run no further. ``close`` collects the rows of which a choice lay
+    between logits so close that another batch, which rounds otherwise, may choose otherwise. Ends early when
+    ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite, and ``TimeLimitError``
+    when the session's time limit is over.
     """
     context_length = session.model.context_length
     should_stop = until(session.timeout_s, should_stop)
@@ -92,10 +96,12 @@ def generate(
         while running and not should_stop():
             _read_on(cache, decode, rows, running, context_length, should_stop)
             step = choose(cache.logits, running, sampling, randoms)
+            if close is not None:
+                close.update(b for b in step if is_close(cache.logits[b]))
             for b, token_id in step.items():
                 rows[b].append(token_id)
             yield step
-            running = [b for b in running if len(rows[b]) < ends[b]]
+            running = [b for b in running if len(rows[b]) < ends[b] and b not in given_up]
     except Stopped:
         return
 

@@ -1,7 +1,7 @@
 """A loaded bundle: text to text, ids to ids, ids to logits."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from .generate import Sampling, count_steps, generate
 from .inputs import TokenIds, read_count, read_rows
 from .limits import check_timeout, count_threads, never
 from .session import Session, choose_provider
-from .stream import TextStream
+from .stream import Continuation, Request, TextStream
 from .tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 128
@@ -110,20 +110,45 @@ class GPT:
 
         Wrong arguments raise here, not at the first piece. Afterwards the stream tells ids, times and why it ended.
         """
+        _check_types(sampling, should_stop)
+        request = self.request(prompt, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow)
+        rows, n_steps = [request.prompt_token_ids], [request.n_steps]
+        steps = generate(self._session, rows, n_steps, sampling=sampling, should_stop=should_stop)
+        return TextStream(steps, request, self.tokenizer)
+
+    def request(self, prompt: str, *, max_new_tokens: int, stop: str | None, on_overflow: str) -> Request:
+        """Return what :meth:`generate` would do with these arguments. Raises ``InputError`` for wrong ones."""
         if stop is not None and (not isinstance(stop, str) or not stop):
             raise InputError(f"stop is {stop!r}: give a text of at least one character")
-        _check_types(sampling, should_stop)
-        rows, _ = read_rows(self.tokenizer.encode(prompt), self.config.vocab_size)
+        (prompt_token_ids,), _ = read_rows(self.tokenizer.encode(prompt), self.config.vocab_size)
         max_new_tokens = read_count("max_new_tokens", max_new_tokens, low=0)
-        n_steps = count_steps([len(rows[0])], max_new_tokens, self.config.context_length, on_overflow)
-        return TextStream(
-            generate(self._session, rows, n_steps, sampling=sampling, should_stop=should_stop),
-            self.tokenizer,
-            prompt_token_ids=rows[0],
-            n_steps=n_steps[0],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-        )
+        (n_steps,) = count_steps([len(prompt_token_ids)], max_new_tokens, self.config.context_length, on_overflow)
+        return Request(prompt_token_ids, n_steps, max_new_tokens, stop)
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Continuation]:
+        """Continue each request as :meth:`generate` does it alone, greedily and to the token, but all in one batch.
+
+        A batch rounds otherwise than a row alone: a row in which that may turn a choice is computed again, alone. A
+        bundle that rounds activations to 8 bits turns far more, so its rows are computed one by one.
+        """
+        if len(requests) > 1 and not self._session.rounds_finely:
+            return [self.generate_batch([request])[0] for request in requests]
+        rows = [Continuation(request, self.tokenizer) for request in requests]
+        given_up, close = set[int](), set[int]()
+        prompts, n_steps = [r.prompt_token_ids for r in requests], [r.n_steps for r in requests]
+        for step in generate(
+            self._session, prompts, n_steps, sampling=None, should_stop=never, given_up=given_up, close=close
+        ):
+            given_up |= close if len(rows) > 1 else set()
+            for b in step.keys() - given_up:
+                rows[b].push(step[b])
+                if rows[b].finish_reason:
+                    given_up.add(b)
+        for row in rows:
+            row.finish()
+        if len(rows) == 1:
+            return rows
+        return [self.generate_batch([requests[b]])[0] if b in close else row for b, row in enumerate(rows)]
 
     def generate_ids(
         self,

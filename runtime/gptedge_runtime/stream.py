@@ -2,64 +2,105 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from .tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how far to continue it: ``n_steps`` is ``max_new_tokens``, or less where the context is full."""
+
+    prompt_token_ids: list[int]
+    n_steps: int
+    max_new_tokens: int
+    stop: str | None
+
+
+class Continuation:
+    """New ids and their text, up to the end-of-text token or a stop text; it is fed id by id.
+
+    ``finish_reason`` tells why it ended: ``eos`` (the end-of-text token, in neither ids nor text), ``stop`` (the stop
+    text, cut off), ``length`` (all the tokens asked for), ``context`` (the context is full) or ``cancelled``.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self._pieces: list[str] = []
+        self._request = request
+        self._eos_token_id = tokenizer.eos_token_id
+        self._decoder, self._cutter = StreamDecoder(tokenizer), Cutter(request.stop)
+
+    @property
+    def text(self) -> str:
+        """The new text so far."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int) -> str:
+        """Take an id, and return the text that it completes."""
+        if token_id == self._eos_token_id:
+            self.finish_reason = "eos"
+            return ""
+        self.token_ids.append(token_id)
+        return self._add(self._cutter.push(self._decoder.push(token_id)))
+
+    def finish(self) -> str:
+        """Return the text that still waited: no further id comes."""
+        piece = self._add(self._cutter.push(self._decoder.flush()) + self._cutter.flush())
+        if self.finish_reason is None:
+            full = "length" if self._request.n_steps == self._request.max_new_tokens else "context"
+            self.finish_reason = full if len(self.token_ids) == self._request.n_steps else "cancelled"
+        return piece
+
+    def _add(self, piece: str) -> str:
+        self._pieces.append(piece)
+        if self._cutter.found:
+            self.finish_reason = "stop"
+        return piece
 
 
 class TextStream(Iterator[str]):
     """Pieces of the new text; joined they are the whole of it, and no piece splits a character.
 
-    Once exhausted, ``finish_reason`` tells why: ``eos`` (the end-of-text token, in neither ids nor text), ``stop`` (the
-    stop text, cut off), ``length`` (all the tokens asked for), ``context`` (the context is full) or ``cancelled``.
+    Once exhausted, ``finish_reason`` tells why it ended, as in :class:`Continuation`.
     """
 
-    def __init__(
-        self,
-        steps: Iterator[dict[int, int]],
-        tokenizer: Tokenizer,
-        *,
-        prompt_token_ids: list[int],
-        n_steps: int,
-        max_new_tokens: int,
-        stop: str | None,
-    ) -> None:
-        self.prompt_token_ids = prompt_token_ids
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
+    def __init__(self, steps: Iterator[dict[int, int]], request: Request, tokenizer: Tokenizer) -> None:
+        self.prompt_token_ids = request.prompt_token_ids
         self.prefill_ms = 0.0
         self.decode_ms = 0.0
         self._steps = steps
         self._n_decoded = 0
-        self._tokenizer = tokenizer
-        self._full = "length" if n_steps == max_new_tokens else "context"
-        self._n_steps = n_steps
-        self._pieces = self._read(stop)
+        self._continuation = Continuation(request, tokenizer)
+        self._pieces = self._read()
 
     def __next__(self) -> str:
         return next(self._pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The new ids so far."""
+        return self._continuation.token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended; None before the end."""
+        return self._continuation.finish_reason
 
     @property
     def tokens_per_s(self) -> float | None:
         """Speed of the steps after the prompt was read; None before there are any."""
         return 1000 * self._n_decoded / self.decode_ms if self._n_decoded else None
 
-    def _read(self, stop: str | None) -> Iterator[str]:
-        decoder, cutter = StreamDecoder(self._tokenizer), Cutter(stop)
+    def _read(self) -> Iterator[str]:
         for token_id in self._timed_ids():
-            if token_id == self._tokenizer.eos_token_id:
-                self.finish_reason = "eos"
-                break
-            self.token_ids.append(token_id)
-            if piece := cutter.push(decoder.push(token_id)):
+            if piece := self._continuation.push(token_id):
                 yield piece
-            if cutter.found:
+            if self._continuation.finish_reason:
                 break
-        if piece := cutter.push(decoder.flush()) + cutter.flush():
+        if piece := self._continuation.finish():
             yield piece
-        if cutter.found:
-            self.finish_reason = "stop"
-        elif self.finish_reason is None:
-            self.finish_reason = self._full if len(self.token_ids) == self._n_steps else "cancelled"
 
     def _timed_ids(self) -> Iterator[int]:
         """The time that the reader of the stream takes for itself does not count."""

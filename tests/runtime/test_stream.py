@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from gptedge_runtime import GPT, InputError, Sampling
-from gptedge_runtime.stream import Cutter, TextStream
+from gptedge_runtime.stream import Cutter, Request, TextStream
 from gptedge_runtime.tokenizer import StreamDecoder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ def stream_ids(gpt: GPT, ids: list[int], *, n_steps: int | None = None, stop: st
     """A stream over ids that are given instead of generated."""
     steps = iter([{0: token_id} for token_id in ids])
     count = len(ids) if n_steps is None else n_steps
-    return TextStream(steps, gpt.tokenizer, prompt_token_ids=[1], n_steps=count, max_new_tokens=count, stop=stop)
+    return TextStream(steps, Request([1], n_steps=count, max_new_tokens=count, stop=stop), gpt.tokenizer)
 
 
 @given(ids=st.lists(st.integers(0, 269)))
