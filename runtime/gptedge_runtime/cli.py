@@ -10,6 +10,7 @@ import click
 
 from .batch import Job, run_batch
 from .batch_rows import Defaults
+from .bench import bench, check_plot, to_csv, to_json, to_markdown, write_plot
 from .bundle import Bundle, open_bundle
 from .classify import load_classifier
 from .command import run, write
@@ -193,6 +194,58 @@ def eval_command(bundle: str, text_file: str, stride: int | None, threads: int |
         )
 
 
+@cli.command("bench")
+@click.argument("bundle")
+@click.option("--lengths", default="64,512,832", show_default=True, help="Tokens of context before the measured steps.")
+@click.option("--batch", default="1", show_default=True, help="Rows at a time, such as 1,2,4.")
+@click.option("-n", "--new-tokens", type=int, default=32, show_default=True, help="Decode steps behind each context.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Runs of each; one more before them warms up.")
+@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@click.option(
+    "-o",
+    "--output-format",
+    type=click.Choice(["md", "json", "csv"]),
+    default="md",
+    show_default=True,
+    help="A table, one JSON object, or a line for each length and batch.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw decode speed into a .svg or .png.")
+def bench_command(
+    bundle: str,
+    lengths: str,
+    batch: str,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+    output_format: str,
+    plot: Path | None,
+) -> None:
+    """Measure how fast BUNDLE reads a prompt (prefill) and writes tokens behind it (decode) on this machine.
+
+    \b
+    gptedge bench build/demo --lengths 64,128
+    gptedge bench build/demo --batch 1,2,4 -o csv
+
+    Figures are those of a machine that does nothing else meanwhile.
+    """
+    if plot is not None:
+        check_plot(plot)
+    done = bench(
+        bundle,
+        lengths=_whole_numbers("--lengths", lengths),
+        batches=_whole_numbers("--batch", batch),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
+        warn=lambda note: click.echo(f"note: {note}", err=True),
+        progress=sys.stderr.isatty(),
+    )
+    formats = {"md": to_markdown, "json": to_json, "csv": to_csv}
+    write(formats[output_format](done))
+    if plot is not None:
+        write_plot(done, plot)
+
+
 @cli.command("web")
 @click.argument("bundle")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -246,6 +299,13 @@ def _read_stdin() -> bytes:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise InputError(f"cannot read standard input ({error.strerror}): give a PROMPT or --file") from error
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} is {text[:40]!r}: give whole numbers with commas between, such as 1,2,4") from error
 
 
 def _decode(data: bytes, name: str) -> str:
