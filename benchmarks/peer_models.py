@@ -15,7 +15,7 @@ LOOP = random.Random(1).sample(range(VOCAB), 16)
 """The model has learned one thing: after each of these ids comes the next, round and round."""
 REPETITIVE = LOOP * 4
 """A prompt that the model continues by repeating it, the best case of a tool that guesses tokens by looking back."""
-STEPS = 32  # of a timed decode
+STEPS, TEXTBOOK_STEPS = 32, 4  # of a timed decode
 
 
 def random_ids(length: int, seed: int = SEED) -> list[int]:

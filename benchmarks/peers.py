@@ -24,6 +24,7 @@ from peer_models import (
     LOOP,
     REPETITIVE,
     STEPS,
+    TEXTBOOK_STEPS,
     random_ids,
     stateful_openvino,
     write_gguf,
@@ -323,7 +324,7 @@ PEERS: dict[str, type[Peer]] = {
 
 def measure(name: str, precision: str, work: Path, threads: int, spawned: float) -> dict[str, Any]:
     """Return one round's figures of one peer, which this process has to itself."""
-    steps = STEPS // 8 if name == "textbook" else STEPS
+    steps = TEXTBOOK_STEPS if name == "textbook" else STEPS
     started = time.perf_counter()
     peer = PEERS[name](work, precision, threads)
     load_s = time.perf_counter() - started
