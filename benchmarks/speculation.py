@@ -1,0 +1,72 @@
+"""What prompt lookup gains or costs: speculation.py BUNDLE [--prompt TEXT ...] [--new-tokens 256] [--rounds 5].
+
+Each prompt is continued with and without drafts, in turn. A line of JSON for each: the share of the new 4-grams that
+stood in the text before, decode ms per token of either loop, least and median of the rounds, and the ratio plain /
+speculative. Exit code 1 where the two loops wrote other ids.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+from gptedge_runtime import GPT, load
+from gptedge_runtime.generate import generate
+
+PROMPTS = ["One windy day, Leo", "a b c d e f g h " * 8]
+
+
+def measure(gpt: GPT, prompt: list[int], new_tokens: int, *, speculate: bool) -> tuple[list[int], float]:
+    """Return the new ids, and ms per token after the first."""
+    steps = generate(
+        gpt._session, [prompt], [new_tokens], sampling=None, should_stop=lambda: False, speculate=speculate
+    )
+    new_ids = [next(steps)[0]]
+    started = time.perf_counter()
+    new_ids += [step[0] for step in steps]
+    return new_ids, 1000 * (time.perf_counter() - started) / (new_tokens - 1)
+
+
+def repeated(prompt: list[int], new_ids: list[int]) -> float:
+    """Return the share of the new ids that end a 4-gram which stood before."""
+    row, seen, count = prompt + new_ids, set[tuple[int, ...]](), 0
+    for end in range(4, len(row) + 1):
+        count += end > len(prompt) and tuple(row[end - 4 : end]) in seen
+        seen.add(tuple(row[end - 4 : end]))
+    return count / len(new_ids)
+
+
+def main() -> int:
+    """Run the comparison and return its exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle")
+    parser.add_argument("--prompt", action="append")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    same = True
+    with load(options.bundle) as gpt:
+        for text in options.prompt or PROMPTS:
+            prompt = gpt.tokenizer.encode(text)
+            runs: dict[bool, list[tuple[list[int], float]]] = {False: [], True: []}
+            for i in range(2 * options.rounds):
+                speculate = i % 4 in (1, 2)  # neither is always the first of its pair
+                runs[speculate].append(measure(gpt, prompt, options.new_tokens, speculate=speculate))
+            plain, speculative = ([ms for _, ms in runs[speculate]] for speculate in (False, True))
+            same &= all(new_ids == runs[False][0][0] for new_ids, _ in runs[False] + runs[True])
+            line = {
+                "prompt": text[:24],
+                "repeated": round(repeated(prompt, runs[False][0][0]), 3),
+                "plain_ms": [round(min(plain), 3), round(statistics.median(plain), 3)],
+                "speculative_ms": [round(min(speculative), 3), round(statistics.median(speculative), 3)],
+                "ratio": round(statistics.median(plain) / statistics.median(speculative), 3),
+                "ratio_of_least": round(min(plain) / min(speculative), 3),
+                "same_ids": same,
+            }
+            print(json.dumps(line), flush=True)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
