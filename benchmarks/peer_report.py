@@ -93,7 +93,7 @@ def plot(results: Results, path: Path) -> None:
     for offset, (key, label) in enumerate([("decode_832_tokens_per_s", "832"), ("decode_64_tokens_per_s", "64")]):
         values = [statistics.median(one[key] for one in rounds) for rounds in measured.values()]
         bars = axes.barh(np.arange(len(measured)) + 0.4 * offset - 0.2, values, 0.4, label=f"after {label} tokens")
-        axes.bar_label(bars, fmt="%.0f", padding=2)
+        axes.bar_label(bars, fmt="%.3g", padding=2)
     axes.set_yticks(range(len(measured)), list(measured))
     axes.set_xlabel("decode, tokens/s")
     axes.legend()

@@ -9,22 +9,26 @@ from gptedge_models import GPTModel
 from .classifier import is_classifier
 from .verify import ATOL, RTOL
 
-SLACK = 4
+SLACK = {"fp32": 4, "fp16": 4, "int8": 2, "int4": 2}
 """Other processors add in other orders: a bundle that travelled may differ by this many times the export's bound."""
 
 
-def known_answers(model: GPTModel) -> dict[str, Any]:
+def known_answers(model: GPTModel, precision: str) -> dict[str, Any]:
     """Prompts of three lengths with greedy ids and, for the prompt's last position, a sample of the logits."""
     context, vocab_size = model.config.context_length, model.config.vocab_size
     random = np.random.default_rng(1)
     sizes = sorted({1, min(8, context), min(32, context)})
-    prompts = [_answer(model, random.integers(vocab_size, size=size).tolist()) for size in sizes]
+    prompts = [_answer(model, precision, random.integers(vocab_size, size=size).tolist()) for size in sizes]
     largest = max(abs(logit) for prompt in prompts for logit in prompt["logits"])
-    return {"atol": SLACK * max(ATOL, RTOL * largest), "prompts": prompts}
+    return {"atol": _slack(precision, largest), "prompts": prompts}
+
+
+def _slack(precision: str, largest_logit: float) -> float:
+    return SLACK[precision] * max(ATOL, RTOL[precision] * largest_logit)
 
 
 @torch.no_grad()
-def _answer(model: GPTModel, prompt: list[int], max_new_tokens: int = 8) -> dict[str, Any]:
+def _answer(model: GPTModel, precision: str, prompt: list[int], max_new_tokens: int = 8) -> dict[str, Any]:
     """The book's loop, ended before the first choice that is too close to call on another machine.
 
     A classifier's choice is no token: its loop ends after the first.
@@ -34,7 +38,7 @@ def _answer(model: GPTModel, prompt: list[int], max_new_tokens: int = 8) -> dict
         logits = model(torch.tensor([ids[-model.config.context_length :]]))[0, -1]  # (V,)
         first = logits if first is None else first
         values, indices = torch.topk(logits, min(2, len(logits)))
-        slack = SLACK * max(ATOL, RTOL * float(logits.abs().max()))
+        slack = _slack(precision, float(logits.abs().max()))
         if is_classifier(model) or (len(values) == 2 and float(values[0] - values[1]) <= 2 * slack):
             break
         ids.append(int(indices[0]))

@@ -19,6 +19,8 @@ from .companions import companions
 from .errors import ExportError
 from .graphs import GRAPHS, trace
 from .loop import generate_graph, trace_step
+from .precision import PRECISIONS, Prepared, prepare
+from .quality import Quality, measure, sample_texts
 from .verify import Check, verify
 from .vocabulary import Vocabulary
 
@@ -34,11 +36,12 @@ PRODUCERS = ("gptedge", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")
 
 @dataclass(frozen=True)
 class Report:
-    """What an export proved: the comparisons, and the bundle's size."""
+    """What an export proved: the comparisons, what the precision costs (None: nothing), and the bundle's size."""
 
     path: Path
     precision: str
     checks: list[Check]
+    quality: Quality | None
 
     @property
     def size_bytes(self) -> int:
@@ -62,6 +65,8 @@ def export_bundle(
     out: Path | str,
     *,
     vocabulary: Vocabulary,
+    precision: str = "fp32",
+    calibration: str | None = None,
     opset: int = DEFAULT_OPSET,
     force: bool = False,
     progress: bool = False,
@@ -70,13 +75,19 @@ def export_bundle(
 ) -> Report:
     """Export ``model`` as the bundle ``out``, verified against the model, and put it in place in one step.
 
-    ``template``: what an instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. The
-    same model, vocabulary and versions give the same bytes. Raises :class:`ExportError` where the arguments do not fit
-    or ``out`` cannot be written, and ``ParityError``, with ``out`` untouched, where a graph does not agree.
+    ``precision`` is one of fp32, fp16, int8 and int4. ``calibration`` is a text as the model knows it: rounding is
+    fitted to one half of it and judged on the other, in the place of the demo model's stories. ``template``: what an
+    instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. The same model,
+    vocabulary and versions give the same bytes. Raises :class:`ExportError` where the arguments do not fit or ``out``
+    cannot be written, and ``ParityError``, with ``out`` untouched, where a graph does not agree.
     """
     out = Path(out)
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported: choose from {OPSETS.start} to {OPSETS.stop - 1}")
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
+    if is_classifier(model) and precision != "fp32":
+        raise ExportError(f"the model is a classifier, which has no precision {precision}: take fp32")
     if vocabulary.size > model.config.vocab_size:
         raise ExportError(
             f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "
@@ -85,42 +96,53 @@ def export_bundle(
     assert is_classifier(model) == (classifier is not None)
     model.eval()
     with atomic_folder(out, replace=force) as folder:
-        graphs = _write_graphs(model, folder, opset, progress)
-        report = Report(out, "fp32", verify(model, folder, progress=progress))
-        _write_files(model, folder, vocabulary, report)
+        texts, held_out = sample_texts(vocabulary, model.config.context_length, calibration)
+        prepared = prepare(model, precision, texts, progress=progress)
+        graphs = _write_graphs(prepared, folder, opset, progress)
+        with prepared.as_computed():
+            checks = verify(prepared.model, folder, precision=precision, progress=progress)
+            answers = known_answers(prepared.model, precision)
+        name = "the stories" if calibration is None else "the calibration text"
+        quality = None if precision == "fp32" else measure(model, folder, precision, held_out, name)
+        report = Report(out, precision, checks, quality)
+        _write_files(model, folder, vocabulary, report, answers)
         extras: dict[str, Any] = {} if template is None else {"prompt_template": template}
         extras |= {} if classifier is None else {"classifier": asdict(classifier)}
-        _write_manifest(model, folder, vocabulary, graphs, opset, extras)
+        _write_manifest(model, folder, vocabulary, graphs, precision, opset, extras)
     return report
 
 
-def _write_graphs(model: GPTModel, folder: Path, opset: int, progress: bool) -> dict[str, ir.Model]:
+def _write_graphs(prepared: Prepared, folder: Path, opset: int, progress: bool) -> dict[str, ir.Model]:
     (folder / "onnx").mkdir()
-    wanted = [*GRAPHS] if is_classifier(model) else [*GRAPHS, "generate"]
+    wanted = [*GRAPHS] if is_classifier(prepared.model) else [*GRAPHS, "generate"]
     names = tqdm(wanted, desc="export", unit=" graphs", disable=not progress, leave=False)
-    graphs = {name: _make_graph(model, name, opset) for name in names}
+    graphs = {name: _make_graph(prepared, name, opset) for name in names}
     weights.save(graphs, folder / "onnx")
     return graphs
 
 
-def _make_graph(model: GPTModel, name: str, opset: int) -> ir.Model:
-    if name == "generate":
-        return generate_graph(trace_step(model, opset), model.config)
-    return trace(model, name, opset)
+def _make_graph(prepared: Prepared, name: str, opset: int) -> ir.Model:
+    model = prepared.model
+    graph = generate_graph(trace_step(model, opset), model.config) if name == "generate" else trace(model, name, opset)
+    prepared.store(graph)
+    return graph
 
 
-def _write_files(model: GPTModel, folder: Path, vocabulary: Vocabulary, report: Report) -> None:
+def _write_files(
+    model: GPTModel, folder: Path, vocabulary: Vocabulary, report: Report, answers: dict[str, Any]
+) -> None:
     (folder / "tokenizer.tiktoken").write_bytes(vocabulary.to_tiktoken())
     documents = companions(model.config, vocabulary)
     if is_classifier(model):  # other tools would take it for a model that generates
         documents = {name: document for name, document in documents.items() if name.startswith("tokenizer")}
-    documents["known_answers.json"] = known_answers(model)
+    documents["known_answers.json"] = answers
     documents["export_report.json"] = {
         "precision": report.precision,
         "versions": {name: version(name) for name in PRODUCERS},
         "size_bytes": {path.name: path.stat().st_size for path in sorted((folder / "onnx").iterdir())},
         "worst": report.worst.to_dict(),
         "top1_agreement": report.top1_agreement,
+        "quality": None if report.quality is None else asdict(report.quality),
         "checks": [check.to_dict() for check in report.checks],
     }
     for name, document in documents.items():
@@ -133,6 +155,7 @@ def _write_manifest(
     folder: Path,
     vocabulary: Vocabulary,
     graphs: dict[str, ir.Model],
+    precision: str,
     opset: int,
     extras: dict[str, Any],
 ) -> None:
@@ -142,7 +165,7 @@ def _write_manifest(
         "format_version": 1,
         "gptedge_version": version("gptedge"),
         "model": config,
-        "precision": "fp32",
+        "precision": precision,
         "opset": opset,
         "graphs": {
             name: {

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .classifier import describe_classifier
 from .errors import ExportError
 from .hugging_face import export_hugging_face
+from .precision import PRECISIONS
+from .quality import Quality
 from .template import load_template
 from .vocabulary import Vocabulary, load_vocabulary
 
@@ -33,7 +36,12 @@ Examples:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--config", metavar="NAME|FILE", help=f"Sizes: {', '.join(CONFIGS)}, or the book's dict as JSON.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=123, show_default=True, help="For SOURCE random.")
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
+@click.option(
+    "--precision", type=click.Choice([*PRECISIONS]), default="fp32", show_default=True, help="Of the weights."
+)
+@click.option(
+    "--calibration", metavar="FILE", help="A text as the model knows it: int8 and int4 are fitted to half of it."
+)
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
 @click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
@@ -50,6 +58,7 @@ def command(
     config: str | None,
     seed: int,
     precision: str,
+    calibration: str | None,
     opset: int,
     tokenizer: str | None,
     template: str | None,
@@ -65,12 +74,15 @@ def command(
     checkpoint.
     """
     started = time.perf_counter()
+    text = None if calibration is None else _read_text(calibration)
     frame = None if template is None else load_template(template)
     model, vocabulary = _load(source, config, seed, tokenizer)
     report = export_bundle(
         model,
         output,
         vocabulary=vocabulary,
+        precision=precision,
+        calibration=text,
         opset=opset,
         force=force,
         progress=sys.stderr.isatty() and not quiet,
@@ -102,6 +114,15 @@ def hf_command(source: str, output: Path, config: str | None, seed: int, tokeniz
     click.echo(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 1e6:,.1f} MB")
 
 
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except OSError as error:
+        raise ExportError(f"cannot read {file}: {error.strerror}: check the path") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{file} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
+
+
 def _load(source: str, config: str | None, seed: int, tokenizer: str | None) -> tuple[GPTModel, Vocabulary]:
     try:
         model = load_checkpoint(source, config=config, seed=seed)
@@ -128,18 +149,32 @@ def _summary(report: Report, seconds: float) -> dict[str, object]:
         "checks": len(report.checks),
         "worst": report.worst.to_dict(),
         "top1_agreement": report.top1_agreement,
+        "quality": None if report.quality is None else asdict(report.quality),
         "size_bytes": report.size_bytes,
         "export_s": round(seconds, 1),
     }
 
 
 def _text(report: Report, seconds: float) -> str:
-    worst = report.worst
+    worst, quality = report.worst, report.quality
+    cost = "" if quality is None else "\n" + _cost(quality)
     return (
         f"{report.path}: {report.precision}, {report.size_bytes / 1e6:,.1f} MB, {seconds:.0f} s\n"
         f"parity: {len(report.checks)} comparisons with the model passed; worst max|d logits| {worst.max_abs_diff:.2g} "
         f"(bound {worst.bound:.2g}) in {worst.graph}.onnx, {worst.case}, length {worst.length}\n"
-        f"top-1 agreement: {report.top1_agreement:.2%}"
+        f"top-1 agreement: {report.top1_agreement:.2%}{cost}"
+    )
+
+
+def _cost(quality: Quality) -> str:
+    bound = f"bound {quality.min_top1_agreement:.1%}" if quality.judged else "not judged, the text is strange to it"
+    same = ", ".join(map(str, quality.greedy_tokens))
+    return (
+        f"cost beside fp32, on {quality.tokens:,} tokens of {quality.text}: top-1 agreement "
+        f"{quality.top1_agreement:.2%} ({bound}),\n"
+        f"perplexity {quality.perplexity:,.4f} instead of {quality.fp32_perplexity:,.4f}, "
+        f"|d logits| max {quality.max_abs_diff:.2g}, mean {quality.mean_abs_diff:.2g}, KL {quality.kl_nats:.2g} nats,\n"
+        f"the same greedy tokens: {same} of {quality.greedy_tokens_max}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from .graphs import cache_names, cache_width
 Array = NDArray[Any]
 
 ATOL = 1e-5
-RTOL = 2e-5
-"""Bound on max|d logits|: ``max(ATOL, RTOL * max|logit|)``. Two sound float32 programs differ by up to 1.1e-5 of the
-largest logit, since they add in different orders."""
+RTOL = {"fp32": 2e-5, "fp16": 2e-5, "int8": 0.05, "int4": 0.05}
+"""Bound on max|d logits| by precision: ``max(ATOL, RTOL * max|logit|)``. Two sound float32 programs differ by up to
+1.1e-5 of the largest logit, since they add in different orders. Where inputs are rounded to 8 bits, such a difference
+now and then turns a rounding; what follows from it reaches 0.02, and 0.04 where kernels do not round inputs at all."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ def lengths(context_length: int) -> list[int]:
 class Graph:
     """One ONNX graph under verification, run with the plainest calls there are.
 
-    Without prepacking and arena it opens in milliseconds and maps the weights, so that it lives for one comparison and
-    no two graphs' weights count at once.
+    Without arena, and at fp32 prepacking, it opens in milliseconds and maps the weights, so that it lives for one
+    comparison and no two graphs' weights count at once.
     """
 
-    def __init__(self, folder: Path, name: str, config: GPTConfig) -> None:
+    def __init__(self, folder: Path, name: str, config: GPTConfig, precision: str = "fp32") -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        if precision in ("fp32", "fp16"):  # the kernels for integers compute otherwise without it
+            options.add_session_config_entry("session.disable_prepacking", "1")
         path = folder / "onnx" / f"{name}.onnx"
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.name = name
@@ -114,10 +117,10 @@ class Graph:
         return logits, present
 
 
-def verify(model: GPTModel, folder: Path, *, progress: bool = False) -> list[Check]:
+def verify(model: GPTModel, folder: Path, *, precision: str = "fp32", progress: bool = False) -> list[Check]:
     """Hold every graph in ``folder/onnx`` against the eager model; raises :class:`ParityError` at the first failure."""
     checks: list[Check] = []
-    bar = tqdm(_cases(model, folder), desc="verify", unit=" checks", disable=not progress, leave=False)
+    bar = tqdm(_cases(model, folder, precision), desc="verify", unit=" checks", disable=not progress, leave=False)
     for check in bar:
         checks.append(check)
         if not check.passed:
@@ -128,53 +131,55 @@ def verify(model: GPTModel, folder: Path, *, progress: bool = False) -> list[Che
     return checks
 
 
-def _cases(model: GPTModel, folder: Path) -> Iterator[Check]:
+def _cases(model: GPTModel, folder: Path, precision: str) -> Iterator[Check]:
     context = model.config.context_length
     random = np.random.default_rng(0)
+    compare = partial(_compare, rtol=RTOL[precision])
 
     def draw(batch: int, length: int) -> Array:
         return random.integers(model.config.vocab_size, size=(batch, length))
 
     def graph(name: str) -> Graph:
-        return Graph(folder, name, model.config)
+        return Graph(folder, name, model.config, precision)
 
     shapes = [(1, length) for length in lengths(context)]
     shapes += [(batch, length) for batch in (2, 3) for length in (1, 2, 7, 33) if length <= context]
     for batch, length in shapes:
         ids = draw(batch, length)
-        eager = _eager(model, ids)
-        yield _compare("forward", "whole sequence", eager, graph("forward").run(input_ids=ids)[0])
-        yield _compare("model", "prefill", eager, graph("model").prefill(ids))
-        yield _compare("decode", "prefill", eager, graph("decode").prefill(ids))
+        eager = eager_logits(model, ids)
+        yield compare("forward", "whole sequence", eager, graph("forward").run(input_ids=ids)[0])
+        yield compare("model", "prefill", eager, graph("model").prefill(ids))
+        yield compare("decode", "prefill", eager, graph("decode").prefill(ids))
     for batch, length in ((2, min(24, context)), (1, context)):
         ids = draw(batch, length)
-        eager = _eager(model, ids)
-        yield _compare("model", "step by step", eager, _stepwise(graph("model"), ids))
-        yield _compare("decode", "step by step", eager, _stepwise(graph("decode"), ids))
+        eager = eager_logits(model, ids)
+        yield compare("model", "step by step", eager, _stepwise(graph("model"), ids))
+        yield compare("decode", "step by step", eager, _stepwise(graph("decode"), ids))
     if context >= 3:
         ids = draw(3, min(21, context))
         sizes = [max(1, ids.shape[1] - 1 - row * ids.shape[1] // 3) for row in range(3)]
-        eager = np.stack([_eager(model, ids[[row], : size + 1])[0, -2:] for row, size in enumerate(sizes)])
-        yield _compare("model", "left-padded batch", eager, _left_padded(graph("model"), ids, sizes))
-        yield _compare("decode", "ragged batch", eager, _ragged(graph("decode"), ids, sizes))
+        eager = np.stack([eager_logits(model, ids[[row], : size + 1])[0, -2:] for row, size in enumerate(sizes)])
+        yield compare("model", "left-padded batch", eager, _left_padded(graph("model"), ids, sizes))
+        yield compare("decode", "ragged batch", eager, _ragged(graph("decode"), ids, sizes))
     if not is_classifier(model):
-        yield from _greedy(model, folder)
+        yield from _greedy(model, folder, precision)
 
 
-def _greedy(model: GPTModel, folder: Path) -> Iterator[Check]:
+def _greedy(model: GPTModel, folder: Path, precision: str) -> Iterator[Check]:
     """Hold ``generate`` against the book's loop: ragged rows, an end that some row reaches, a text that outgrows."""
     context, random = model.config.context_length, np.random.default_rng(2)
-    graph = Graph(folder, "generate", model.config)
+    graph = Graph(folder, "generate", model.config, precision)
+    hold = partial(judge, model, rtol=RTOL[precision])
     for case, sizes, steps in (("greedy", [7], 4), ("ragged", [1, 9, 4], 4), ("beyond the context", [context - 1], 3)):
         rows = [random.integers(model.config.vocab_size, size=max(1, min(size, context))) for size in sizes]
-        output = _generate(graph, rows, steps, -1)
-        yield judge(model, case, rows, output, steps, -1)
+        output = generated(graph, rows, steps, -1)
+        yield hold(case, rows, output, steps, -1)
         if len(rows) > 1:
             eos = int(output[0, -2])
-            yield judge(model, f"{case}, early stop", rows, _generate(graph, rows, steps, eos), steps, eos)
+            yield hold(f"{case}, early stop", rows, generated(graph, rows, steps, eos), steps, eos)
 
 
-def _generate(graph: Graph, rows: list[Array], max_new_tokens: int, eos_token_id: int) -> Array:
+def generated(graph: Graph, rows: list[Array], max_new_tokens: int, eos_token_id: int) -> Array:
     """Ids (B, W): the rows, padded on the left, and what follows them."""
     width = max(len(row) for row in rows)
     return graph.run(
@@ -185,7 +190,15 @@ def _generate(graph: Graph, rows: list[Array], max_new_tokens: int, eos_token_id
     )[0]
 
 
-def judge(model: GPTModel, case: str, rows: list[Array], output: Array, max_new_tokens: int, eos: int) -> Check:
+def judge(
+    model: GPTModel,
+    case: str,
+    rows: list[Array],
+    output: Array,
+    max_new_tokens: int,
+    eos: int,
+    rtol: float = RTOL["fp32"],
+) -> Check:
     """Ask the eager model for each new id after the ids before it.
 
     ``max_abs_diff`` is the least error of the logits that explains the choices: half the lead of the token that the
@@ -198,13 +211,13 @@ def judge(model: GPTModel, case: str, rows: list[Array], output: Array, max_new_
     for row, new_ids, end in zip(rows, new, ends, strict=True):
         ids = np.concatenate([row, new_ids[:end]])
         for place in range(len(row), len(ids)):
-            logits = _eager(model, ids[None, max(0, place - context) : place])[0, -1]  # (V,)
+            logits = eager_logits(model, ids[None, max(0, place - context) : place])[0, -1]  # (V,)
             leads.append(float(logits.max() - logits[ids[place]]))
             largest = max(largest, float(np.abs(logits).max()))
     filled = all((new_ids[end:] == eos).all() for new_ids, end in zip(new, ends, strict=True))
     difference = max(leads) / 2 if filled and new.shape[1] == max(ends) else np.inf
     agreement = leads.count(0.0) / len(leads)
-    return Check("generate", case, len(rows), output.shape[1], difference, max(ATOL, RTOL * largest), agreement)
+    return Check("generate", case, len(rows), output.shape[1], difference, max(ATOL, rtol * largest), agreement)
 
 
 def _stepwise(graph: Graph, ids: Array) -> Array:
@@ -246,16 +259,17 @@ def _ragged(graph: Graph, ids: Array, sizes: list[int]) -> Array:
     return np.concatenate([first, second], axis=1)
 
 
-def _eager(model: GPTModel, ids: Array) -> Array:
+def eager_logits(model: GPTModel, ids: Array) -> Array:
+    """Return the model's logits (B, T, V) of ids (B, T)."""
     with torch.no_grad():
         logits: Array = model(torch.from_numpy(ids)).numpy()
     return logits
 
 
-def _compare(graph: str, case: str, eager: Array, onnx: Array) -> Check:
+def _compare(graph: str, case: str, eager: Array, onnx: Array, rtol: float) -> Check:
     """Overwrites ``onnx``: at a large vocabulary another copy would be the peak of the export's memory."""
     batch, length, _ = eager.shape
     agreement = float((eager.argmax(-1) == onnx.argmax(-1)).mean())
     np.abs(np.subtract(eager, onnx, out=onnx), out=onnx)
     largest = max(float(eager.max()), -float(eager.min()))
-    return Check(graph, case, batch, length, float(onnx.max()), max(ATOL, RTOL * largest), agreement)
+    return Check(graph, case, batch, length, float(onnx.max()), max(ATOL, rtol * largest), agreement)

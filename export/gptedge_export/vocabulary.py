@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ class Vocabulary:
     def eos_token_id(self) -> int | None:
         """The id of ``<|endoftext|>``, where there is one."""
         return self.special_tokens.get(END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``, in which special tokens are plain text."""
+        return self._encoding.encode_ordinary(text)
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        ranks = {token: rank for rank, token in enumerate(self.ranks)}
+        return tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
     def to_tiktoken(self) -> bytes:
         """One ``base64 rank`` a line."""

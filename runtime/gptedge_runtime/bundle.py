@@ -15,6 +15,7 @@ from .errors import BundleError, BundleNotFoundError
 from .strict_json import JsonObject, parse_json
 
 FORMAT_VERSION = 1
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TEMPLATE_PLACE = "{prompt}"
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 1 << 20
@@ -166,7 +167,7 @@ def _parse_manifest(folder: Path, manifest: JsonObject) -> Bundle:
         folder=folder,
         gptedge_version=manifest.text("gptedge_version"),
         model=_parse_model(manifest.child("model"), classifier),
-        precision=manifest.text("precision"),
+        precision=_parse_precision(manifest.text("precision")),
         opset=manifest.whole("opset"),
         graphs={name: _parse_graph(graphs.child(name)) for name in sorted({"decode", *graphs.names})},
         tokenizer=_parse_tokenizer(manifest.child("tokenizer")),
@@ -179,6 +180,12 @@ def _parse_manifest(folder: Path, manifest: JsonObject) -> Bundle:
     if unlisted := sorted(set(used) - set(bundle.files)):
         raise BundleError(f"{MANIFEST}: {unlisted[0]} is used but not in files: export the bundle again")
     return bundle
+
+
+def _parse_precision(name: str) -> str:
+    if name not in PRECISIONS:
+        raise BundleError(f"{MANIFEST}: precision {name!r:.40} is not known to this gptedge: upgrade gptedge")
+    return name
 
 
 def _parse_template(manifest: JsonObject) -> str:

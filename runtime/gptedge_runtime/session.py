@@ -276,8 +276,9 @@ def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
-    # float32 weights are used where they are mapped, instead of held a second time in another order
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    if bundle.precision in ("fp32", "fp16"):
+        # float32 weights are used where they are mapped, instead of held a second time in another order
+        options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
     data = bundle.read(graph.path)

@@ -23,7 +23,7 @@ def eager(model: GPTModel, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def bound(logits: NDArray[np.float32]) -> float:
-    return max(ATOL, RTOL * float(np.abs(logits).max()))
+    return max(ATOL, RTOL["fp32"] * float(np.abs(logits).max()))
 
 
 @pytest.mark.parametrize("length", range(1, TINY.context_length + 1))

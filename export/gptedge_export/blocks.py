@@ -1,0 +1,119 @@
+"""Weights of few bits: integers in blocks along the input axis, one scale a block, as ``MatMulNBits`` stores them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+BLOCK_SIZE = 64
+"""The quality of 32 and the speed of 128, nearly (docs/performance.md)."""
+
+_DAMPING = 0.01
+_SCALES = torch.linspace(0.7, 1.1, 17).tolist()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight (N, K): ``integers`` int8 (N, n_blocks, block_size) times ``scales`` float32 (N, n_blocks, 1).
+
+    Past K the last block is filled up with zeros.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    bits: int
+    width: int
+
+    def dense(self) -> Tensor:
+        """Return the weight, float32 (N, K)."""
+        weight: Tensor = (self.integers * self.scales).flatten(1)[:, : self.width].contiguous()
+        return weight
+
+    def packed(self) -> Tensor:
+        """Return uint8 (N, n_blocks, block_size * bits / 8), zero in the middle, the first integer in the low bits."""
+        unsigned = (self.integers.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
+        return unsigned if self.bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
+
+
+def block_size(width: int) -> int:
+    """Return how many inputs share a scale: a power of two from 16 (``MatMulNBits``) to ``BLOCK_SIZE``."""
+    return min(BLOCK_SIZE, max(16, 1 << (width - 1).bit_length()))
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """Cut the last axis: (..., K) -> (..., n_blocks, block_size), filled up with zeros."""
+    size = block_size(x.shape[-1])
+    return F.pad(x, (0, -x.shape[-1] % size)).reshape(*x.shape[:-1], -1, size)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """Return ``x`` (..., K) as ``MatMulNBits`` with accuracy level 4 reads it: 8 bits, a scale for each block."""
+    blocks = in_blocks(x)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    return ((blocks * (127 / _nonzero(largest))).round() * (largest / 127)).flatten(-2)[..., : x.shape[-1]]
+
+
+def round_to_nearest(weight: Tensor, bits: int) -> Blocks:
+    """Round float32 (N, K) with the scales that lose least."""
+    blocks = in_blocks(weight)
+    scales = _best_scales(blocks, bits)
+    return Blocks(_integers(blocks, scales, bits).to(torch.int8), scales, bits, weight.shape[1])
+
+
+def round_by_inputs(weight: Tensor, bits: int, moments: Tensor) -> Blocks:
+    """Round float32 (N, K) column by column; what each rounding changes in the outputs, the columns after it mend.
+
+    ``moments`` float64 (K', K') is the sum of x x^T over inputs x that the layer sees, K filled up to whole blocks
+    (GPTQ: Frantar et al., 2022, arXiv 2210.17323, with the scale of a block chosen when its turn comes).
+    """
+    blocks = in_blocks(weight).clone()  # (N, n_blocks, block_size)
+    size = blocks.shape[2]
+    factor = _inverse_root(moments).float()  # (K', K'), upper triangular
+    integers, scales = torch.empty_like(blocks), torch.empty_like(blocks[..., :1])
+    for i in range(blocks.shape[1]):
+        columns, errors = blocks[:, i], torch.empty_like(blocks[:, i])  # (N, block_size)
+        scales[:, i] = _best_scales(columns, bits)
+        square = factor[i * size : (i + 1) * size]
+        for j in range(size):
+            place = i * size + j
+            column = columns[:, [j]]
+            integers[:, i, [j]] = _integers(column, scales[:, i], bits)
+            errors[:, [j]] = (column - integers[:, i, [j]] * scales[:, i]) / square[j, place]
+            columns[:, j:] -= errors[:, [j]] * square[j, place : (i + 1) * size]
+        rest = blocks[:, i + 1 :]
+        rest -= (errors @ square[:, (i + 1) * size :]).view_as(rest)
+    return Blocks(integers.to(torch.int8), scales, bits, weight.shape[1])
+
+
+def _inverse_root(moments: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped moments."""
+    damping = _DAMPING * moments.diagonal().mean() + 1e-8
+    damped = moments + damping * torch.eye(len(moments), dtype=moments.dtype)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return factor
+
+
+def _best_scales(blocks: Tensor, bits: int) -> Tensor:
+    """Return scales (..., 1) for blocks (..., block_size): from several, the one of the least squared error.
+
+    The value of the largest magnitude falls on the lowest integer, of which there is one more than of positive ones.
+    """
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    best = least = None
+    for share in _SCALES:
+        scales = _nonzero(extreme * share / -(2 ** (bits - 1)))
+        error = (_integers(blocks, scales, bits) * scales - blocks).square_().sum(-1, keepdim=True)
+        best = scales if best is None or least is None else torch.where(error < least, scales, best)
+        least = error if least is None else torch.minimum(error, least)
+    assert best is not None
+    return best
+
+
+def _integers(x: Tensor, scales: Tensor, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    return (x / scales).round_().clamp_(-half, half - 1)
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 1.0, scales)

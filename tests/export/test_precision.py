@@ -1,0 +1,217 @@
+"""fp16, int8 and int4: what is stored is what the kernels read, and what it costs is measured and bounded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+from gptedge_export import ExportError, Vocabulary, export_bundle, load_vocabulary
+from gptedge_export.blocks import Blocks, block_size, round_by_inputs, round_to_nearest
+from gptedge_export.cli import command
+from gptedge_export.errors import ParityError
+from gptedge_export.precision import prepare
+from gptedge_export.quality import MIN_TOP1_AGREEMENT, sample_texts
+from gptedge_export.verify import RTOL
+from gptedge_models import GPTConfig, GPTModel, demo, load_checkpoint
+from gptedge_runtime import load
+from gptedge_runtime.verify import verify
+from onnx import TensorProto, helper, numpy_helper
+
+ODD = GPTConfig(vocab_size=257, context_length=9, emb_dim=15, n_heads=3, n_layers=1, drop_rate=0.0)
+PROMPT = "One windy day, Leo"
+
+
+@pytest.fixture(scope="module")
+def demo_vocabulary() -> Vocabulary:
+    return load_vocabulary(str(Path(demo.__path__[0]) / "tokenizer.tiktoken"))
+
+
+@pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
+def demo_bundle(
+    request: pytest.FixtureRequest, demo_vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("precision") / str(request.param)
+    export_bundle(load_checkpoint("demo"), path, vocabulary=demo_vocabulary, precision=request.param)
+    return path
+
+
+def matmul_nbits(blocks: Blocks) -> onnx.ModelProto:
+    n_rows, _, size = blocks.integers.shape
+    attributes: dict[str, Any] = {"K": blocks.width, "N": n_rows, "bits": blocks.bits, "block_size": size}
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **attributes)
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["m", "k"]) for name in "xy"]
+    tensors = [(blocks.packed(), "w"), (blocks.scales[..., 0].contiguous(), "s")]
+    weights = [numpy_helper.from_array(tensor.numpy(), name) for tensor, name in tensors]
+    graph = helper.make_graph([node], "", values[:1], values[1:], weights)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [15, 16, 40, 64, 100, 192])
+def test_matmul_nbits_reads_the_stored_integers_as_dense_says(bits: int, width: int) -> None:
+    torch.manual_seed(0)
+    blocks = round_to_nearest(torch.randn(7, width), bits)
+    session = ort.InferenceSession(matmul_nbits(blocks).SerializeToString(), providers=["CPUExecutionProvider"])
+    (rows,) = session.run(None, {"x": np.eye(width, dtype=np.float32)})
+    np.testing.assert_array_equal(rows.T, blocks.dense().numpy())  # one product each, the other terms are zero
+
+
+@pytest.mark.parametrize(("width", "size"), [(1, 16), (15, 16), (17, 32), (64, 64), (65, 64), (3072, 64)])
+def test_a_block_is_a_power_of_two_that_wastes_little(width: int, size: int) -> None:
+    assert block_size(width) == size
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.12)])
+def test_rounding_to_nearest_loses_what_the_bits_allow(bits: int, error: float) -> None:
+    """Of normal weights: a step is about 2.5 sigma / 2^(bits-1), its RMS error step / sqrt(12); 20 % of slack."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    assert (round_to_nearest(weight, bits).dense() - weight).square().mean().sqrt() < error
+
+
+def test_rounding_by_inputs_loses_less_in_the_outputs() -> None:
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(32, 128), torch.randn(500, 16) @ torch.randn(16, 128) + 0.1 * torch.randn(500, 128)
+    moments = (inputs.T @ inputs).double()
+    errors = [
+        ((blocks.dense() - weight) @ inputs.T).square().mean()
+        for blocks in (round_by_inputs(weight, 4, moments), round_to_nearest(weight, 4))
+    ]
+    assert errors[0] < 0.5 * errors[1]  # these inputs leave many directions in which errors cost nothing
+
+
+def test_a_zero_matrix_stays_zero() -> None:
+    weight = torch.zeros(3, 20)
+    for blocks in (round_to_nearest(weight, 4), round_by_inputs(weight, 4, torch.zeros(32, 32, dtype=torch.float64))):
+        assert torch.equal(blocks.dense(), weight)
+
+
+def test_the_demo_keeps_its_choices(demo_bundle: Path) -> None:
+    report = json.loads((demo_bundle / "export_report.json").read_text())
+    quality = report["quality"]
+    assert quality["judged"]
+    assert quality["top1_agreement"] >= MIN_TOP1_AGREEMENT[report["precision"]]
+    assert abs(quality["perplexity"] / quality["fp32_perplexity"] - 1) < 0.01
+    assert len(quality["greedy_tokens"]) == 4
+
+
+def test_a_bundle_of_the_demo_verifies_and_tells(demo_bundle: Path) -> None:
+    assert verify(demo_bundle).graphs == 4
+    with load(demo_bundle) as gpt:
+        assert gpt.generate(PROMPT, max_new_tokens=80).startswith(" found ")
+
+
+def test_rows_of_a_batch_equal_single_rows(demo_bundle: Path) -> None:
+    """The kernels round each row's inputs by themselves."""
+    with load(demo_bundle) as gpt:
+        rows = [gpt.tokenizer.encode(text) for text in (PROMPT, "Once", "One morning, Mia went to the market. She")]
+        single = [gpt.generate_ids(row, max_new_tokens=30) for row in rows]
+        assert gpt.generate_ids(rows, max_new_tokens=30) == single
+
+
+def test_weights_take_the_bytes_that_the_precision_says(demo_bundle: Path, demo_vocabulary: Vocabulary) -> None:
+    """A head tied to its table is stored once; int4 keeps both at 8 bits. A scale costs 32 / 64 bits a weight."""
+    model = load_checkpoint("demo")
+    table = model.tok_emb.weight.numel()
+    layers = sum(weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2) - 2 * table
+    bits = {"fp16": 16, "int8": 8.5, "int4": 4.5}[demo_bundle.name]
+    expected = (layers * bits + table * max(bits, 8.5)) / 8
+    assert (demo_bundle / "onnx" / "model.onnx_data").stat().st_size == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_sizes_that_fill_no_block_export(precision: str, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    report = export_bundle(GPTModel(ODD), tmp_path / "odd", vocabulary=byte_vocabulary, precision=precision)
+    assert report.worst.passed
+
+
+def test_two_exports_are_the_same_bytes(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    for name in "ab":
+        export_bundle(tiny_model, tmp_path / name, vocabulary=byte_vocabulary, precision="int4")
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+def test_export_leaves_the_model_as_it_was(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    before = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
+    export_bundle(tiny_model, tmp_path / "tiny", vocabulary=byte_vocabulary, precision="int8")
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
+
+
+def with_outliers(norm: str, factor: float) -> GPTModel:
+    """The demo model with one channel of a norm (or of the values) far larger, and what reads it as much smaller."""
+    model = load_checkpoint("demo")
+    for block in model.trf_blocks:
+        part: Any = block
+        if norm == "norms":
+            part.norm1.scale.data[3] *= factor
+            part.norm1.shift.data[3] *= factor
+            for layer in (part.att.W_query, part.att.W_key, part.att.W_value):
+                layer.weight.data[:, 3] /= factor
+        else:
+            part.att.W_value.weight.data[3] *= factor
+            part.att.out_proj.weight.data[:, 3] /= factor
+    return model
+
+
+def test_outlier_channels_behind_norms_cost_nothing(demo_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    report = export_bundle(with_outliers("norms", 100), tmp_path / "b", vocabulary=demo_vocabulary, precision="int8")
+    assert report.quality is not None
+    assert report.quality.top1_agreement >= MIN_TOP1_AGREEMENT["int8"]
+
+
+def test_a_model_that_does_not_bear_the_rounding_is_not_exported(demo_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """An outlier among the values takes the 8 bits of its block of inputs, which nothing evens out."""
+    with pytest.raises(ParityError, match="nothing was written"):
+        export_bundle(with_outliers("values", 1000), tmp_path / "b", vocabulary=demo_vocabulary, precision="int4")
+    assert not (tmp_path / "b").exists()
+
+
+def test_rounded_inputs_are_those_of_the_kernels(demo_vocabulary: Vocabulary) -> None:
+    """Parity is held with them; without them the model is further from the graphs than float32 adds up to."""
+    texts, _ = sample_texts(demo_vocabulary, 256, None)
+    prepared = prepare(load_checkpoint("demo"), "int8", texts[:4], progress=False)
+    ids = torch.tensor([texts[0]])
+    with torch.no_grad():
+        exact = prepared.model(ids)
+        with prepared.as_computed():
+            rounded = prepared.model(ids)
+    assert RTOL["fp32"] < float((exact - rounded).abs().max() / exact.abs().max()) < RTOL["int8"]
+
+
+def test_float16_refuses_what_it_does_not_hold(byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    model = GPTModel(ODD)
+    model.out_head.weight.data[0, 0] = 70000.0
+    with pytest.raises(ExportError, match=r"out_head.weight exceeds 65,504"):
+        export_bundle(model, tmp_path / "b", vocabulary=byte_vocabulary, precision="fp16")
+
+
+def test_a_calibration_text_takes_the_place_of_the_stories(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200, "utf-8")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(ODD.to_dict()))
+    arguments = ["random", "--config", str(config), "--tokenizer", "bytes", "--precision", "int8", "--json"]
+    done = CliRunner().invoke(command, [*arguments, "--calibration", str(text), "-o", str(tmp_path / "b")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["quality"]["text"] == "the calibration text"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot read"), (b"\xff\xfe", "is not UTF-8 at byte 0"), (b"short", "give at least")],
+)
+def test_a_bad_calibration_text_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    arguments = ["demo", "--precision", "int8", "--calibration", str(text), "-o", str(tmp_path / "b")]
+    error = CliRunner().invoke(command, arguments).exception
+    assert isinstance(error, ExportError)
+    assert message in str(error)
