@@ -32,7 +32,7 @@ class Blocks:
 
     def packed(self) -> Tensor:
         """Return uint8 (N, n_blocks, block_size * bits / 8), zero in the middle, the first integer in the low bits."""
-        unsigned = (self.integers.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
+        unsigned: Tensor = (self.integers.to(torch.int16) + 2 ** (self.bits - 1)).to(torch.uint8)
         return unsigned if self.bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
 
 
