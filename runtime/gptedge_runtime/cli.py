@@ -4,11 +4,13 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
 
-from .batch import Job, run_batch
+from .batch import Job, answer_here, run_batch
+from .batch_ray import answer_by_ray
 from .batch_rows import Defaults
 from .bench import bench, check_plot, to_csv, to_json, to_markdown, write_plot
 from .bundle import Bundle, open_bundle
@@ -116,7 +118,10 @@ def generate_command(
     help="Past the context length: drop the oldest token, end there, or answer the row with an error.",
 )
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Rows that are computed together.")
-@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@click.option("--threads", type=int, help="Of one process: all its CPUs by default, with Ray 1.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to run.")
+@click.option("--ray-address", metavar="ADDRESS", help="A Ray cluster that runs; without it one is started here.")
+@click.option("--workers", type=click.IntRange(1), help="Ray's processes; as many as it has CPUs for by default.")
 def batch_command(
     bundle: str,
     source: str,
@@ -126,6 +131,9 @@ def batch_command(
     on_overflow: str,
     batch_size: int,
     threads: int | None,
+    engine: str,
+    ray_address: str | None,
+    workers: int | None,
 ) -> None:
     """Continue the prompt of each row of IN, a file of JSON lines, and write a row for it to OUT.
 
@@ -136,7 +144,10 @@ def batch_command(
     cannot be answered gets {"id", "error"}. Names that end in .parquet are read and written as Parquet.
     """
     job = Job(bundle, Defaults(max_new_tokens, stop, on_overflow), batch_size=batch_size, threads=threads)
-    summary = run_batch(job, source, target, progress=sys.stderr.isatty())
+    if engine == "local" and (ray_address is not None or workers is not None):
+        raise InputError("--ray-address and --workers are for --engine ray: add it, or leave them out")
+    compute = partial(answer_by_ray, address=ray_address, workers=workers) if engine == "ray" else answer_here
+    summary = run_batch(job, source, target, engine=compute, progress=sys.stderr.isatty())
     click.echo(f"{target}: {summary}", err=True)
 
 

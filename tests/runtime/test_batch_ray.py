@@ -1,0 +1,76 @@
+"""``gptedge batch --engine ray``: the same bytes as without it, also when a worker dies."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from .test_batch import make_rows, write_rows
+from .test_cli import COMMAND, gptedge, refused
+
+pytest.importorskip("ray", reason='Ray is not installed: pip install "gptedge[ray]"')
+
+ROWS = make_rows(400)
+
+
+@pytest.fixture(scope="module")
+def expected(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A file of rows, and what they give without Ray."""
+    folder = tmp_path_factory.mktemp("local")
+    source, target = write_rows(folder / "in.jsonl", ROWS), folder / "out.jsonl"
+    assert gptedge("batch", bundles / "tiny", source, target, "-n", 40, "--batch-size", 2).returncode == 0
+    return source, target.read_bytes()
+
+
+def workers_of(driver: int) -> list[int]:
+    """The processes that compute for a driver: children of the raylet that is its child."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+    mine = [pid for pid, name in names.items() if name.startswith(b"ray::MapWorker")]
+    return [pid for pid in mine if parents.get(parents.get(pid, 0)) == driver]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found in /proc")
+def test_the_death_of_a_worker_changes_no_byte(bundles: Path, expected: tuple[Path, bytes], tmp_path: Path) -> None:
+    source, answers = expected
+    target = tmp_path / "out.jsonl"
+    killed: list[int] = []
+    command = ["batch", str(bundles / "tiny"), str(source), str(target), "-n", "40", "--batch-size", "2"]
+    with subprocess.Popen([*COMMAND, *command, "--engine", "ray"], stdout=subprocess.PIPE) as running:
+        while running.poll() is None and not killed:
+            if target.exists() and target.stat().st_size:  # the first windows are there, others are being computed
+                killed = workers_of(running.pid)[:1]
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.001)
+        stdout, _ = running.communicate()
+    assert killed
+    assert (running.returncode, stdout) == (0, b"")
+    assert target.read_bytes() == answers
+
+
+def test_a_run_goes_on_with_ray_where_it_was_cut_off_without(
+    bundles: Path, expected: tuple[Path, bytes], tmp_path: Path
+) -> None:
+    source, answers = expected
+    command = ["batch", bundles / "tiny", source, tmp_path / "out.jsonl", "-n", 40, "--batch-size", 2]
+    assert gptedge(*command).returncode == 0
+    (tmp_path / "out.jsonl").write_bytes(answers[: len(answers) // 2])
+    done = gptedge(*command, "--engine", "ray", "--workers", 1)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert (tmp_path / "out.jsonl").read_bytes() == answers
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(
+    bundles: Path, expected: tuple[Path, bytes], tmp_path: Path
+) -> None:
+    command = ["batch", bundles / "tiny", expected[0], tmp_path / "out.jsonl", "--engine", "ray"]
+    assert "no Ray cluster answers at 127.0.0.1:1" in refused(gptedge(*command, "--ray-address", "127.0.0.1:1"))
