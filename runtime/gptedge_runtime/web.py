@@ -39,8 +39,11 @@ def site(bundle: Bundle, ort: str | os.PathLike[str] | None = None) -> Site:
     """Return the page's files, the bundle's that it reads, and onnxruntime-web's.
 
     ``ort`` is onnxruntime-web's ``dist`` folder; None looks for it in ``node_modules`` here and above. Raises
-    :class:`InputError` where it is not there, :class:`BundleError` where the bundle has no graph for it.
+    :class:`InputError` where it is not there and for a classifier, :class:`BundleError` where the bundle has no graph
+    for it.
     """
+    if bundle.classifier is not None:
+        raise InputError(f"the bundle {bundle.folder} is a classifier, and the page writes text: use gptedge classify")
     if "model" not in bundle.graphs:
         raise BundleError(f"{MANIFEST} lists no graph 'model', which the page runs: export the bundle again")
     graph = bundle.graphs["model"].path

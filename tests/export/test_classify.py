@@ -141,6 +141,12 @@ def test_each_kind_of_bundle_names_the_other_command(folder: Path, tiny_bundle: 
         load_classifier(tiny_bundle)
 
 
+def test_the_page_refuses_a_classifier(folder: Path) -> None:
+    result = run("gptedge", "web", folder / "bundle")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "is a classifier, and the page writes text: use gptedge classify" in result.stderr
+
+
 def test_a_text_without_tokens_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="no tokens"):
         load_classifier(folder / "bundle").classify("")
