@@ -39,7 +39,8 @@ has no 4 bits on a CPU. The textbook loop is timed over {textbook_steps} steps, 
 
 Only gptedge guesses tokens by looking back unasked, at fp32: its column of text that repeats is the best case, in which
 every guess is right. llama.cpp, OpenVINO GenAI and transformers can do so on request, which is not measured. OpenVINO
-runs a model converted here: as fast at decoding as optimum-intel's, up to a fifth slower at reading prompts in fp32.
+runs a model converted here: within a few percent of optimum-intel's at decoding, up to a fifth slower at reading
+prompts in fp32.
 """
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 from gptedge_models import GPTModel
+from gptedge_runtime.bundle import PRECISIONS
 from tqdm import tqdm
 
 from . import weights
@@ -19,7 +20,7 @@ from .companions import companions
 from .errors import ExportError
 from .graphs import GRAPHS, trace
 from .loop import generate_graph, trace_step
-from .precision import PRECISIONS, Prepared, prepare
+from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .verify import Check, verify
 from .vocabulary import Vocabulary
@@ -86,6 +87,10 @@ def export_bundle(
         raise ExportError(f"opset {opset} is not supported: choose from {OPSETS.start} to {OPSETS.stop - 1}")
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}")
+    if calibration is not None and precision == "fp32":
+        raise ExportError(
+            "a calibration text is given, and fp32 rounds nothing: choose another precision, or leave it out"
+        )
     if is_classifier(model) and precision != "fp32":
         raise ExportError(f"the model is a classifier, which has no precision {precision}: take fp32")
     if vocabulary.size > model.config.vocab_size:
@@ -96,7 +101,7 @@ def export_bundle(
     assert is_classifier(model) == (classifier is not None)
     model.eval()
     with atomic_folder(out, replace=force) as folder:
-        texts, held_out = sample_texts(vocabulary, model.config.context_length, calibration)
+        texts, held_out = ([], []) if precision == "fp32" else sample_texts(vocabulary, model.config, calibration)
         prepared = prepare(model, precision, texts, progress=progress)
         graphs = _write_graphs(prepared, folder, opset, progress)
         with prepared.as_computed():

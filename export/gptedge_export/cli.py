@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import gptedge_models
 from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
+from gptedge_runtime.bundle import PRECISIONS
 from gptedge_runtime.command import run
 
 from .bundle import DEFAULT_OPSET, Report, export_bundle
 from .classifier import describe_classifier
 from .errors import ExportError
 from .hugging_face import export_hugging_face
-from .precision import PRECISIONS
 from .quality import Quality
 from .template import load_template
 from .vocabulary import Vocabulary, load_vocabulary

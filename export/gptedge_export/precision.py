@@ -19,8 +19,8 @@ from .blocks import Blocks
 from .errors import ExportError
 from .quantise import quantise
 
-PRECISIONS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-"""Name -> bits of a weight."""
+BITS = {"int8": 8, "int4": 4}
+"""Of a weight, at the precisions that round activations too."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Prepared:
 
 
 def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, progress: bool) -> Prepared:
-    """Round ``model`` to one of ``PRECISIONS``; int8 and int4 look at what its layers make of ``texts``.
+    """Round ``model`` to one of the runtime's ``PRECISIONS``; int8 and int4 look at what its layers make of ``texts``.
 
     Raises :class:`ExportError` for a weight that float16 does not hold.
     """
@@ -44,7 +44,7 @@ def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, 
         return Prepared(model, lambda graph: None, contextlib.nullcontext)
     if precision == "fp16":
         return Prepared(_to_half(model), store_half, contextlib.nullcontext)
-    quantised = quantise(model, PRECISIONS[precision], texts, progress=progress)
+    quantised = quantise(model, BITS[precision], texts, progress=progress)
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
     return Prepared(quantised.model, partial(store_blocks, weights=table), quantised.as_computed)
 

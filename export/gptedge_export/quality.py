@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gptedge_models import GPTModel, generate_text_simple
+from gptedge_models import GPTConfig, GPTModel, generate_text_simple
 from gptedge_models.stories import stories
 
 from .errors import ExportError, ParityError
@@ -45,7 +45,7 @@ class Quality:
     greedy_tokens_max: int
 
 
-def sample_texts(vocabulary: Vocabulary, context_length: int, calibration: str | None) -> tuple[Texts, Texts]:
+def sample_texts(vocabulary: Vocabulary, config: GPTConfig, calibration: str | None) -> tuple[Texts, Texts]:
     """Return texts as ids, at most a context long, to look at while rounding, and others to measure on.
 
     They are stories such as the demo model tells, or every other part of ``calibration``. Raises :class:`ExportError`
@@ -54,10 +54,12 @@ def sample_texts(vocabulary: Vocabulary, context_length: int, calibration: str |
     if calibration is None:
         end = [] if vocabulary.eos_token_id is None else [vocabulary.eos_token_id]
         told = [stories(seed, N_TOKENS) for seed in (CALIBRATION_SEED, HELD_OUT_SEED)]
-        looked_at, held_out = (((vocabulary.encode(story) + end)[:context_length] for story in each) for each in told)
+        looked_at, held_out = (
+            ((vocabulary.encode(story) + end)[: config.context_length] for story in each) for each in told
+        )
         return _take(looked_at), _take(held_out)
     ids = vocabulary.encode(calibration)
-    size = min(context_length, 256)
+    size = min(config.context_length, 256)
     parts = [ids[start : start + size] for start in range(0, len(ids) - 1, size)]
     if len(parts) < 8:
         raise ExportError(f"the calibration text has {len(ids):,} tokens: give at least {8 * size:,}")
@@ -85,8 +87,8 @@ def measure(model: GPTModel, folder: Path, precision: str, texts: Texts, name: s
         eager, onnx = eager_logits(model, row)[0], graph.run(input_ids=row)[0][0]  # (T, V)
         largest = max(largest, float(np.abs(eager - onnx).max()))
         sums += _compare(eager, onnx, row[0])
-    tokens, predicted = sum(map(len, texts)), sum(len(ids) - 1 for ids in texts)
-    perplexity, fp32_perplexity = np.exp(sums[3:] / predicted)
+    tokens, predicted = sum(map(len, texts)), max(1, sum(len(ids) - 1 for ids in texts))
+    perplexity, fp32_perplexity = np.exp(np.minimum(sums[3:] / predicted, 700))  # float64 ends at e^709
     quality = Quality(
         text=name,
         tokens=tokens,
@@ -95,7 +97,7 @@ def measure(model: GPTModel, folder: Path, precision: str, texts: Texts, name: s
         kl_nats=float(sums[1] / tokens),
         top1_agreement=float(sums[2] / tokens),
         min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
-        judged=bool(fp32_perplexity < model.config.vocab_size / 2),
+        judged=max(map(len, texts)) > 1 and bool(fp32_perplexity < model.config.vocab_size / 2),
         perplexity=float(perplexity),
         fp32_perplexity=float(fp32_perplexity),
         greedy_tokens=_greedy(model, folder, precision, texts),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .classifier import is_classifier
 from .errors import ParityError
 from .graphs import cache_names, cache_width
+from .precision import BITS
 
 Array = NDArray[Any]
 
@@ -66,7 +67,7 @@ class Graph:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False
-        if precision in ("fp32", "fp16"):  # the kernels for integers compute otherwise without it
+        if precision not in BITS:  # the kernels for integers compute otherwise without it
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = folder / "onnx" / f"{name}.onnx"
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

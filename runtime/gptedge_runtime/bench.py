@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .bundle import ModelConfig, open_bundle
+from .bundle import ModelConfig
 from .errors import InputError
 from .gpt import load
 from .inputs import read_count
@@ -100,13 +100,13 @@ def bench(
     new_tokens, repeats = read_count("new_tokens", new_tokens, low=1), read_count("repeats", repeats, low=1)
     started = time.perf_counter()
     with load(path, threads=threads, progress=progress) as gpt:
-        load_s = time.perf_counter() - started
+        load_s, precision = time.perf_counter() - started, gpt._session.precision
         new_tokens = min(new_tokens, max(1, gpt.config.context_length // 2))
         lengths = _fit(lengths, gpt.config.context_length, new_tokens, warn)
         plan = [(length, batch) for batch in batches for length in lengths]
         bar = tqdm(plan, desc="bench", disable=not progress, leave=False)
         times = [_measure(gpt._session, length, batch, new_tokens, repeats) for length, batch in bar]
-    precision, n_threads, peak_rss_mb = open_bundle(path).precision, count_threads(threads), _peak_rss_mb()
+    n_threads, peak_rss_mb = count_threads(threads), _peak_rss_mb()
     read_gb_per_s = _read_gb_per_s(n_threads)
     return Bench(
         bundle=str(Path(path)),
@@ -174,7 +174,8 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
     """Return what a decode step reads: every matrix once, and the keys and values of ``length`` tokens of each row.
 
     Computed from the model's sizes: 12 D^2 weights a layer and the output head, each at its precision with a float32
-    scale for each 64 weights of int8 and int4; float16 weights are float32 in memory. Left out are the embedding
+    scale for each 64 weights of int8 and int4; float16 weights are float32 in memory. A head that is tied to the token
+    table has 8 bits at int4, too, and is counted as if it had 4. Left out are the embedding
     tables, of which a step reads one line each, and norms and biases, which are under 0.1 %.
     """
     weights = model.n_layers * 12 * model.emb_dim**2 + model.emb_dim * model.n_outputs

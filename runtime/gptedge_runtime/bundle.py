@@ -110,6 +110,11 @@ class Bundle:
     prompt_template: str | None
     classifier: ClassifierSpec | None
 
+    @property
+    def rounds_finely(self) -> bool:
+        """Whether kernels compute in float32 throughout; those for int8 and int4 round activations to 8 bits."""
+        return self.precision in ("fp32", "fp16")
+
     def read(self, path: str) -> bytes:
         """Return a file's bytes after checking these very bytes, so that no later change of the file counts."""
         data = _read(self.folder / path)

@@ -24,6 +24,15 @@ from .stream import TextStream
 from .verify import verify
 from .web import Server, site, write_site
 
+_threads = click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+_on_overflow = click.option(
+    "--on-overflow",
+    type=click.Choice(["slide", "stop", "error"]),
+    default="slide",
+    show_default=True,
+    help="Past the context length: drop the oldest token, end there, or refuse the prompt before the start.",
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="gptedge")
@@ -38,13 +47,7 @@ def cli() -> None:
 @click.option("-n", "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, show_default=True, help="Tokens to make.")
 @click.option("--template", is_flag=True, help="Put the prompt into the template of an instruction model's bundle.")
 @click.option("--stop", metavar="TEXT", help="End before this text.")
-@click.option(
-    "--on-overflow",
-    type=click.Choice(["slide", "stop", "error"]),
-    default="slide",
-    show_default=True,
-    help="Past the context length: drop the oldest token, end there, or refuse before the start.",
-)
+@_on_overflow
 @click.option("--temperature", type=float, help="Draw tokens instead of taking the most likely: 1 as the model says.")
 @click.option("--top-k", type=int, help="Draw from the K most likely tokens.")
 @click.option("--top-p", type=float, help="Draw from the most likely tokens that reach probability P together.")
@@ -56,7 +59,7 @@ def cli() -> None:
     show_default=True,
     help="Device to run on; another one is never taken in its place.",
 )
-@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@_threads
 @click.option("--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust.")
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: ids, text, reason of the end, times.")
@@ -110,13 +113,7 @@ def generate_command(
 @click.argument("target", metavar="OUT")
 @click.option("-n", "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, show_default=True, help="Tokens a row.")
 @click.option("--stop", metavar="TEXT", help="End a row before this text.")
-@click.option(
-    "--on-overflow",
-    type=click.Choice(["slide", "stop", "error"]),
-    default="slide",
-    show_default=True,
-    help="Past the context length: drop the oldest token, end there, or answer the row with an error.",
-)
+@_on_overflow
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Rows that are computed together.")
 @click.option("--threads", type=int, help="Of one process: all its CPUs by default, with Ray 1.")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to run.")
@@ -153,7 +150,7 @@ def batch_command(
 
 @cli.command("verify")
 @click.argument("bundle")
-@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@_threads
 @click.option("--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust.")
 def verify_command(bundle: str, threads: int | None, timeout_s: float | None) -> None:
     """Check the files, graphs and known answers of BUNDLE; exit code 3 where an answer is not the stored one."""
@@ -173,7 +170,7 @@ def info_command(bundle: str) -> None:
 @click.argument("bundle")
 @click.argument("text", required=False)
 @click.option("-f", "--file", metavar="FILE", help="Read the text from this file.")
-@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@_threads
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the label, the probability of each.")
 def classify_command(bundle: str, text: str | None, file: str | None, threads: int | None, as_json: bool) -> None:
     """Print the class of TEXT, or of standard input where TEXT is missing or "-", by a classifier's BUNDLE."""
@@ -186,7 +183,7 @@ def classify_command(bundle: str, text: str | None, file: str | None, threads: i
 @click.argument("bundle")
 @click.argument("text_file")
 @click.option("--stride", type=int, help="Tokens by which the window moves on; half the context by default.")
-@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@_threads
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def eval_command(bundle: str, text_file: str, stride: int | None, threads: int | None, as_json: bool) -> None:
     """Print the perplexity of TEXT_FILE: how well BUNDLE predicts its tokens, each from those before it.
@@ -211,7 +208,7 @@ def eval_command(bundle: str, text_file: str, stride: int | None, threads: int |
 @click.option("--batch", default="1", show_default=True, help="Rows at a time, such as 1,2,4.")
 @click.option("-n", "--new-tokens", type=int, default=32, show_default=True, help="Decode steps behind each context.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Runs of each; one more before them warms up.")
-@click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+@_threads
 @click.option(
     "-o",
     "--output-format",

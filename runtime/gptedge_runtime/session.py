@@ -30,7 +30,7 @@ class Session:
         self.model = bundle.model
         self.provider = provider
         self.timeout_s = timeout_s
-        self.rounds_finely = bundle.precision in ("fp32", "fp16")  # the others round activations to 8 bits
+        self.precision, self.rounds_finely = bundle.precision, bundle.rounds_finely
         self.cache_names = cache_names(bundle.model)
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
         self._ort = import_onnxruntime()
@@ -276,7 +276,7 @@ def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
-    if bundle.precision in ("fp32", "fp16"):
+    if bundle.rounds_finely:
         # float32 weights are used where they are mapped, instead of held a second time in another order
         options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)

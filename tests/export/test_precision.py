@@ -16,6 +16,7 @@ from gptedge_export.cli import command
 from gptedge_export.errors import ParityError
 from gptedge_export.precision import prepare
 from gptedge_export.quality import MIN_TOP1_AGREEMENT, sample_texts
+from gptedge_export.quantise import quantise
 from gptedge_export.verify import RTOL
 from gptedge_models import GPTConfig, GPTModel, demo, load_checkpoint
 from gptedge_runtime import load
@@ -108,11 +109,13 @@ def test_a_bundle_of_the_demo_verifies_and_tells(demo_bundle: Path) -> None:
 
 
 def test_rows_of_a_batch_equal_single_rows(demo_bundle: Path) -> None:
-    """The kernels round each row's inputs by themselves."""
     with load(demo_bundle) as gpt:
-        rows = [gpt.tokenizer.encode(text) for text in (PROMPT, "Once", "One morning, Mia went to the market. She")]
-        single = [gpt.generate_ids(row, max_new_tokens=30) for row in rows]
-        assert gpt.generate_ids(rows, max_new_tokens=30) == single
+        texts = (PROMPT, "Once", "One morning, Mia went to the market. She")
+        asked = [gpt.request(text, max_new_tokens=30, stop=None, on_overflow="slide") for text in texts]
+        single = [gpt.generate_ids(gpt.tokenizer.encode(text), max_new_tokens=30) for text in texts]
+        together = [row.token_ids for row in gpt.generate_batch(asked)]
+        assert [ids + new[len(ids) :] for ids, new in zip(together, single, strict=True)] == single
+        assert all(together)
 
 
 def test_weights_take_the_bytes_that_the_precision_says(demo_bundle: Path, demo_vocabulary: Vocabulary) -> None:
@@ -132,15 +135,15 @@ def test_sizes_that_fill_no_block_export(precision: str, byte_vocabulary: Vocabu
     assert report.worst.passed
 
 
-def test_two_exports_are_the_same_bytes(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
-    for name in "ab":
-        export_bundle(tiny_model, tmp_path / name, vocabulary=byte_vocabulary, precision="int4")
-    assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+def test_rounding_again_gives_the_same_integers(tiny_model: GPTModel) -> None:
+    texts = [[*range(24)], [7, 8, 9]]
+    first, second = (quantise(tiny_model, 4, texts).weights for _ in range(2))
+    assert all(torch.equal(a.integers, b.integers) for a, b in zip(first, second, strict=True))
 
 
-def test_export_leaves_the_model_as_it_was(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+def test_rounding_leaves_the_model_as_it_was(tiny_model: GPTModel) -> None:
     before = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
-    export_bundle(tiny_model, tmp_path / "tiny", vocabulary=byte_vocabulary, precision="int8")
+    quantise(tiny_model, 8, [[*range(24)]])
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
 
 
@@ -160,10 +163,15 @@ def with_outliers(norm: str, factor: float) -> GPTModel:
     return model
 
 
-def test_outlier_channels_behind_norms_cost_nothing(demo_vocabulary: Vocabulary, tmp_path: Path) -> None:
-    report = export_bundle(with_outliers("norms", 100), tmp_path / "b", vocabulary=demo_vocabulary, precision="int8")
-    assert report.quality is not None
-    assert report.quality.top1_agreement >= MIN_TOP1_AGREEMENT["int8"]
+def test_outlier_channels_behind_norms_cost_nothing(demo_vocabulary: Vocabulary) -> None:
+    model = with_outliers("norms", 100)
+    looked_at, held_out = sample_texts(demo_vocabulary, model.config, None)
+    rounded, same = quantise(model, 8, looked_at), []
+    with torch.no_grad(), rounded.as_computed():
+        for text in held_out:
+            ids = torch.tensor([text])
+            same.append(model(ids).argmax(-1) == rounded.model(ids).argmax(-1))
+    assert torch.cat(same, 1).float().mean() >= MIN_TOP1_AGREEMENT["int8"]
 
 
 def test_a_model_that_does_not_bear_the_rounding_is_not_exported(demo_vocabulary: Vocabulary, tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_a_model_that_does_not_bear_the_rounding_is_not_exported(demo_vocabulary
 
 def test_rounded_inputs_are_those_of_the_kernels(demo_vocabulary: Vocabulary) -> None:
     """Parity is held with them; without them the model is further from the graphs than float32 adds up to."""
-    texts, _ = sample_texts(demo_vocabulary, 256, None)
+    texts, _ = sample_texts(demo_vocabulary, load_checkpoint("demo").config, None)
     prepared = prepare(load_checkpoint("demo"), "int8", texts[:4], progress=False)
     ids = torch.tensor([texts[0]])
     with torch.no_grad():
@@ -215,3 +223,8 @@ def test_a_bad_calibration_text_is_refused(content: bytes | None, message: str, 
     error = CliRunner().invoke(command, arguments).exception
     assert isinstance(error, ExportError)
     assert message in str(error)
+
+
+def test_fp32_has_nothing_to_calibrate(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="fp32 rounds nothing"):
+        export_bundle(tiny_model, tmp_path / "b", vocabulary=byte_vocabulary, calibration="text")
