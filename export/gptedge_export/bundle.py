@@ -106,7 +106,7 @@ def export_bundle(
         graphs = _write_graphs(prepared, folder, opset, progress)
         with prepared.as_computed():
             checks = verify(prepared.model, folder, precision=precision, progress=progress)
-            answers = known_answers(prepared.model, precision)
+        answers = known_answers(prepared, precision)
         name = "the stories" if calibration is None else "the calibration text"
         quality = None if precision == "fp32" else measure(model, folder, precision, held_out, name)
         report = Report(out, precision, checks, quality)

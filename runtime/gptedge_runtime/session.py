@@ -24,17 +24,22 @@ _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)"
 
 
 class Session:
-    """The bundle's decode graph, checked against the manifest; many threads may use one at the same time."""
+    """The bundle's decode graph, checked against the manifest; many threads may use one at the same time.
 
-    def __init__(self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None) -> None:
+    ``exact``: in an int8 or int4 bundle, too, no kernel rounds its inputs. That is slow, and for ``verify``.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None, exact: bool = False
+    ) -> None:
         self.model = bundle.model
         self.provider = provider
         self.timeout_s = timeout_s
-        self.precision, self.rounds_finely = bundle.precision, bundle.rounds_finely
+        self.precision, self.rounds_finely = bundle.precision, exact or bundle.rounds_finely
         self.cache_names = cache_names(bundle.model)
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
         self._ort = import_onnxruntime()
-        self._session = open_graph(bundle, bundle.graphs["decode"], threads)
+        self._session = open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
         self._options = run_options(self._ort)
         self._probe()
 
@@ -270,14 +275,15 @@ def _out_of_memory() -> OutOfMemoryError:
     return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
 
 
-def open_graph(bundle: Bundle, graph: GraphSpec, threads: int) -> Any:
+def open_graph(bundle: Bundle, graph: GraphSpec, threads: int, *, exact: bool = False) -> Any:
     """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
-    if bundle.rounds_finely:
-        # float32 weights are used where they are mapped, instead of held a second time in another order
+    if exact or bundle.rounds_finely:
+        # float32 weights are used where they are mapped, instead of held a second time in another order; where weights
+        # are integers, MatMulNBits without its packed ones multiplies in float32 and rounds no input
         options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
