@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gptedge_runtime import GPT, GptEdgeError, InputError
+from gptedge_runtime import GPT, Classifier, GptEdgeError, InputError
+from gptedge_runtime.bundle import ClassifierSpec
+from gptedge_runtime.evaluate import evaluate
+from gptedge_runtime.session import Session
 
 BIN = Path(sys.executable).parent
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
@@ -102,6 +106,46 @@ def test_ten_megabytes_of_one_letter_are_a_prompt(tiny: GPT) -> None:
 def test_a_prompt_that_is_no_text_is_refused(tiny: GPT, value: Any) -> None:
     with pytest.raises(InputError, match="give a str"):
         tiny.generate(value)
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that cannot run. On a GPU nothing behind it looks at ids: it would read memory beside the table."""
+    for name in ("bind", "forward", "new_cache", "run", "run_long"):
+        monkeypatch.delattr(Session, name)
+
+
+ID_ENTRIES: dict[str, Callable[[GPT, Any], object]] = {
+    "generate_ids": lambda gpt, ids: gpt.generate_ids(ids, max_new_tokens=1),
+    "generate_ids, a batch": lambda gpt, ids: gpt.generate_ids([[1, 2], ids], max_new_tokens=1),
+    "logits": lambda gpt, ids: gpt.logits(ids),
+    "logits, a batch": lambda gpt, ids: gpt.logits([ids, ids]),
+}
+TEXT_ENTRIES: dict[str, Callable[[GPT, Any], object]] = {
+    "generate": lambda gpt, text: gpt.generate(text, max_new_tokens=1),
+    "stream": lambda gpt, text: gpt.stream(text, max_new_tokens=1),
+    "a row of a batch": lambda gpt, text: gpt.request(text, max_new_tokens=1, stop=None, on_overflow="slide"),
+    "evaluate": evaluate,
+    "classify": lambda gpt, text: Classifier(gpt.tokenizer, gpt._session, ClassifierSpec(("a",), 0, 0)).classify(text),
+}
+
+
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("ids", [[-1], [270], [2**63], [1, 2, -(2**63)], []], ids=str)
+@pytest.mark.parametrize("entry", ID_ENTRIES.values(), ids=ID_ENTRIES.keys())
+def test_wrong_ids_are_refused_before_any_device_sees_them(tiny: GPT, entry: Callable[..., object], ids: Any) -> None:
+    with pytest.raises(InputError):
+        entry(tiny, ids)
+
+
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("text", ["", None, b"a", 1, ["a"]], ids=str)
+@pytest.mark.parametrize("entry", TEXT_ENTRIES.values(), ids=TEXT_ENTRIES.keys())
+def test_wrong_texts_are_refused_before_any_device_sees_them(
+    tiny: GPT, entry: Callable[..., object], text: Any
+) -> None:
+    with pytest.raises(InputError):
+        entry(tiny, text)
 
 
 def generated(bundles: Path, stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
