@@ -128,9 +128,9 @@ def _write_graphs(prepared: Prepared, folder: Path, opset: int, progress: bool) 
 
 def _make_graph(prepared: Prepared, name: str, opset: int) -> ir.Model:
     model = prepared.model
-    graph = generate_graph(trace_step(model, opset), model.config) if name == "generate" else trace(model, name, opset)
+    graph = trace_step(model, opset) if name == "generate" else trace(model, name, opset)
     prepared.store(graph)
-    return graph
+    return generate_graph(graph, model.config) if name == "generate" else graph
 
 
 def _write_files(
