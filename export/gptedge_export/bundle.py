@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 from gptedge_models import GPTModel
 from gptedge_runtime.bundle import PRECISIONS
 from tqdm import tqdm
@@ -32,7 +33,7 @@ OPSETS = range(18, 24)
 """18 brings LayerNormalization; above 23 the exporter writes what ONNX Runtime 1.23 does not read."""
 
 
-PRODUCERS = ("gptedge", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")
+PRODUCERS = ("gptedge", "torch", "onnx", "onnxscript", "onnx-ir")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _write_files(
     documents["known_answers.json"] = answers
     documents["export_report.json"] = {
         "precision": report.precision,
-        "versions": {name: version(name) for name in PRODUCERS},
+        "versions": {name: version(name) for name in PRODUCERS} | {"onnxruntime": onnxruntime.__version__},
         "size_bytes": {path.name: path.stat().st_size for path in sorted((folder / "onnx").iterdir())},
         "worst": report.worst.to_dict(),
         "top1_agreement": report.top1_agreement,

@@ -245,15 +245,6 @@ def run_options(ort: Any) -> Any:
     return options
 
 
-def choose_provider(name: str) -> str:
-    """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for; asked means got, or :class:`ProviderError`."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ProviderError(f"provider {name!r} is unknown: choose auto, cpu or cuda")
-    if name == "cuda":
-        raise ProviderError("provider cuda: this version of gptedge runs on the CPU only: choose auto or cpu")
-    return "cpu"
-
-
 def run_error(error: Exception, graph: str) -> GptEdgeError:
     """Return what to say about an exception of onnxruntime; its own text may hold paths and many lines."""
     if _is_about_memory(error):

@@ -12,7 +12,7 @@ from .errors import BundleError, VerificationError
 from .gpt import GPT
 from .graphs import Graph, forward_logits, generated_ids, model_logits
 from .limits import check_timeout, count_threads
-from .session import Logits, Session, choose_provider
+from .session import Logits, Session
 from .strict_json import JsonObject, parse_json
 from .tokenizer import load_tokenizer
 
@@ -52,7 +52,7 @@ def verify(
     bundle = open_bundle(path, progress=progress)
     answers, atol = _read_answers(bundle)
     n_threads = count_threads(threads)
-    session = Session(bundle, provider=choose_provider("cpu"), threads=n_threads, timeout_s=timeout_s)
+    session = Session(bundle, provider="cpu", threads=n_threads, timeout_s=timeout_s)
     with GPT(load_tokenizer(bundle), session) as gpt:
         for answer in answers:
             _compare(answer, gpt.logits(_ids_in_context(bundle, answer))[0], atol, "decode")
