@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -70,18 +72,52 @@ def generate(
     should_stop: ShouldStop,
     speculate: bool = True,
     given_up: Set[int] = frozenset(),
-    close: set[int] | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Yield step by step one new id for each row that still runs; row b runs ``n_steps[b]`` steps.
+    """Yield new ids of some rows at a time, ``n_steps[b]`` for row b in all; greedy ids are those that it gets alone.
 
-    A single greedy row is continued with drafts unless ``speculate`` is false: the same ids from fewer runs.
-    The caller may add rows to ``given_up``, which run no further. ``close`` collects the rows of which a choice lay
-    between logits so close that another batch, which rounds otherwise, may choose otherwise. Ends early when
-    ``should_stop`` returns true. Raises :class:`BundleError` for logits that are not finite, and ``TimeLimitError``
-    when the session's time limit is over.
+    A batch rounds otherwise than a row alone: a row in which that may turn a choice goes on alone, once the others are
+    done. Where activations are rounded to 8 bits no bound says when, and each row is computed alone. A single greedy
+    row is continued with drafts unless ``speculate`` is false: the same ids from fewer runs. The caller may add rows to
+    ``given_up``, which run no further. Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for
+    logits that are not finite, and ``TimeLimitError`` when the session's time limit is over.
+    """
+    should_stop = until(session.timeout_s, should_stop)
+    is_greedy = sampling is None or sampling.temperature == 0
+    run = partial(_run, session, sampling, should_stop, speculate)
+    alone, n_new = set[int](), [0] * len(prompts)
+    try:
+        if len(prompts) > 1 and is_greedy and not session.rounds_finely:
+            alone.update(range(len(prompts)))
+        else:
+            for step in run(prompts, n_steps, given_up, alone):
+                for b in step:
+                    n_new[b] += 1
+                yield step
+        for b in sorted(alone):
+            for step in islice(run([prompts[b]], [n_steps[b]], frozenset(), set()), n_new[b], None):
+                yield {b: step[0]}
+                if b in given_up:
+                    break
+    except Stopped:
+        return
+
+
+def _run(
+    session: Session,
+    sampling: Sampling | None,
+    should_stop: ShouldStop,
+    speculate: bool,
+    prompts: Sequence[Sequence[int]],
+    n_steps: Sequence[int],
+    given_up: Set[int],
+    close: set[int],
+) -> Iterator[dict[int, int]]:
+    """Yield step by step an id for each row that still runs. Raises :class:`Stopped`.
+
+    A greedy row of a batch ends before a choice between logits so close that its own bits may choose otherwise: it is
+    added to ``close``.
     """
     context_length = session.model.context_length
-    should_stop = until(session.timeout_s, should_stop)
     rows = [list(prompt) for prompt in prompts]
     ends = [len(row) + steps for row, steps in zip(rows, n_steps, strict=True)]
     seeds = np.random.SeedSequence(sampling.seed if sampling else 0).spawn(len(rows))
@@ -92,18 +128,18 @@ def generate(
     if speculate and is_greedy and len(rows) == 1 and session.rounds_finely:
         decode = Speculation(cache, rows[0]).decode
     running = [b for b, steps in enumerate(n_steps) if steps]
-    try:
-        while running and not should_stop():
-            _read_on(cache, decode, rows, running, context_length, should_stop)
-            step = choose(cache.logits, running, sampling, randoms)
-            if close is not None:
-                close.update(b for b in step if is_close(cache.logits[b]))
-            for b, token_id in step.items():
-                rows[b].append(token_id)
-            yield step
-            running = [b for b in running if len(rows[b]) < ends[b] and b not in given_up]
-    except Stopped:
-        return
+    while running:
+        if should_stop():
+            raise Stopped
+        _read_on(cache, decode, rows, running, context_length, should_stop)
+        if is_greedy and len(rows) > 1:
+            close.update(b for b in running if is_close(cache.logits[b]))
+            running = [b for b in running if b not in close]
+        step = choose(cache.logits, running, sampling, randoms)
+        for b, token_id in step.items():
+            rows[b].append(token_id)
+        yield step
+        running = [b for b in running if len(rows[b]) < ends[b] and b not in given_up]
 
 
 def _read_on(

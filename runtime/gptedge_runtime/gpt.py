@@ -128,29 +128,18 @@ class GPT:
         return Request(prompt_token_ids, n_steps, max_new_tokens, stop)
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Continuation]:
-        """Continue each request as :meth:`generate` does it alone, greedily and to the token, but all in one batch.
-
-        A batch rounds otherwise than a row alone: a row in which that may turn a choice is computed again, alone. A
-        bundle that rounds activations to 8 bits turns far more, so its rows are computed one by one.
-        """
-        if len(requests) > 1 and not self._session.rounds_finely:
-            return [self.generate_batch([request])[0] for request in requests]
+        """Continue each request as :meth:`generate` does it alone, greedily and to the token, but all in one batch."""
         rows = [Continuation(request, self.tokenizer) for request in requests]
-        given_up, close = set[int](), set[int]()
+        ended = set[int]()
         prompts, n_steps = [r.prompt_token_ids for r in requests], [r.n_steps for r in requests]
-        for step in generate(
-            self._session, prompts, n_steps, sampling=None, should_stop=never, given_up=given_up, close=close
-        ):
-            given_up |= close if len(rows) > 1 else set()
-            for b in step.keys() - given_up:
-                rows[b].push(step[b])
+        for step in generate(self._session, prompts, n_steps, sampling=None, should_stop=never, given_up=ended):
+            for b, token_id in step.items():
+                rows[b].push(token_id)
                 if rows[b].finish_reason:
-                    given_up.add(b)
+                    ended.add(b)
         for row in rows:
             row.finish()
-        if len(rows) == 1:
-            return rows
-        return [self.generate_batch([requests[b]])[0] if b in close else row for b, row in enumerate(rows)]
+        return rows
 
     def generate_ids(
         self,

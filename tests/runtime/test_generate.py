@@ -22,6 +22,26 @@ def test_rows_of_a_ragged_batch_equal_the_rows_alone_though_they_slide_at_other_
     assert tiny.generate_ids(eager.prompts, max_new_tokens=72) == eager.new
 
 
+@pytest.mark.parametrize("n_rows", [2, 7, 33])
+def test_rows_of_a_ragged_batch_are_those_alone_also_where_the_last_bits_choose(bundles: Path, n_rows: int) -> None:
+    prompts = [[7 * row % 256] * (1 + 5 * row % 40) for row in range(n_rows)]
+    with load(bundles / "close") as gpt:
+        alone = [gpt.generate_ids(prompt, max_new_tokens=40) for prompt in prompts]
+        assert gpt.generate_ids(prompts, max_new_tokens=40) == alone
+
+
+def test_a_stop_that_is_said_once_ends_all_rows_also_those_that_would_go_on_alone(bundles: Path) -> None:
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.append(len(asked) == 2)
+        return asked[-1]
+
+    with load(bundles / "close") as gpt:
+        assert all(len(ids) <= 2 for ids in gpt.generate_ids([[1], [2, 3]], max_new_tokens=40, should_stop=should_stop))
+    assert asked == [False, False, True]
+
+
 def test_a_batch_too_large_for_one_run_equals_its_rows(tiny: GPT, eager: Any) -> None:
     assert tiny.generate_ids(eager.prompts * 20, max_new_tokens=8) == [new[:8] for new in eager.new] * 20
 
