@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from . import cuda
 from .bundle import Bundle
 from .errors import ProviderError
 from .session import Session, import_onnxruntime
 
-CUDA = "CUDAExecutionProvider"
 _INSTALL = 'pip install "gptedge[cuda]"'
 _REINSTALL = f"pip uninstall -y onnxruntime onnxruntime-gpu, then {_INSTALL}"
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -57,15 +57,17 @@ def open_session(bundle: Bundle, *, provider: str, device: str, threads: int, ti
 
     Raises :class:`ProviderError` where CUDA was asked for and is not what runs.
     """
-    if device == "cuda" and provider == "cuda":
-        raise ProviderError("provider cuda: the bundle has no graph for it: choose auto or cpu")
-    return Session(bundle, provider="cpu", threads=threads, timeout_s=timeout_s)
+    if device == "cpu" or (provider == "auto" and cuda.GRAPH not in bundle.graphs):
+        return Session(bundle, provider="cpu", threads=threads, timeout_s=timeout_s)
+    if cuda.GRAPH not in bundle.graphs:
+        raise ProviderError("provider cuda: the bundle has no graph for it: export it with --cuda, or choose cpu")
+    return cuda.CudaSession(bundle, threads=threads, timeout_s=timeout_s)
 
 
 def why_not_cuda() -> str | None:
     """Return in one line why onnxruntime cannot use a GPU here, with the remedy; None where it can."""
     ort = import_onnxruntime()
-    if CUDA not in ort.get_available_providers():
+    if cuda.CUDA not in ort.get_available_providers():
         if has_both_packages():
             return f"onnxruntime and onnxruntime-gpu are both installed, and the first hides the second: {_REINSTALL}"
         return f"the onnxruntime that is installed has no CUDA: {_REINSTALL}"

@@ -12,7 +12,8 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from gptedge_runtime import ProviderError, load
-from gptedge_runtime.provider import CUDA, why_not_cuda
+from gptedge_runtime.cuda import CUDA
+from gptedge_runtime.provider import why_not_cuda
 
 HAS_CUDA_BUILD = CUDA in onnxruntime.get_available_providers()
 without_cuda_build = pytest.mark.skipif(HAS_CUDA_BUILD, reason="this onnxruntime has CUDA")
