@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install wheel-test examples-test release clean
+.PHONY: demo test lint install wheel-test cuda-test examples-test release clean
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
@@ -31,6 +31,14 @@ wheel-test: install  ## the runtime's tests against the built wheel, in an envir
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	$(BIN)/python tests/make_bundles.py build/test-bundles
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime
+
+cuda-test: install  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
+	$(PYTHON) -m venv --clear build/cuda-venv
+	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	build/cuda-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cuda]" pytest pytest-timeout hypothesis
+	$(BIN)/python tests/make_bundles.py build/test-bundles
+	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/cuda tests/runtime/test_provider.py
 
 examples-test: install  ## the bundle in Node, a browser, C and other runtimes
 	tests/examples/setup.sh $(BIN)/python

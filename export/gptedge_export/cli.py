@@ -43,6 +43,7 @@ Examples:
     "--calibration", metavar="FILE", help="A text as the model knows it: int8 and int4 are fitted to half of it."
 )
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
+@click.option("--cuda", is_flag=True, help="Add the graph for NVIDIA GPUs, fp32 or fp16: gptedge's --provider cuda.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
 @click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
 @click.option("--labels", metavar="A,B,...", help="For a classifier: the names of its classes, in their order.")
@@ -60,6 +61,7 @@ def command(
     precision: str,
     calibration: str | None,
     opset: int,
+    cuda: bool,
     tokenizer: str | None,
     template: str | None,
     labels: str | None,
@@ -88,6 +90,7 @@ def command(
         progress=sys.stderr.isatty() and not quiet,
         template=frame,
         classifier=describe_classifier(model, vocabulary, labels=labels, max_length=max_length),
+        cuda=cuda,
     )
     if as_json:
         click.echo(json.dumps(_summary(report, time.perf_counter() - started)))
