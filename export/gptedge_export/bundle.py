@@ -20,6 +20,7 @@ from .atomic import atomic_folder
 from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
+from .fuse import fuse
 from .graphs import CUDA_DTYPES, GRAPHS, trace
 from .loop import generate_graph, trace_step
 from .precision import Prepared, prepare
@@ -139,8 +140,11 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
     model = prepared.model
     if name == "decode_cuda":
         return trace(copy.deepcopy(model).to(CUDA_DTYPES[precision]), name, opset)
-    graph = trace_step(model, opset) if name == "generate" else trace(model, name, opset)
+    scales = prepared.cache_scales
+    graph = trace_step(model, opset, scales) if name == "generate" else trace(model, name, opset, scales)
     prepared.store(graph)
+    if name == "decode" and scales is not None:
+        fuse(graph, model.config.emb_dim)
     return generate_graph(graph, model.config) if name == "generate" else graph
 
 
