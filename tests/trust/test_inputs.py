@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gptedge_runtime import GPT, Classifier, GptEdgeError, InputError
+from gptedge_runtime import GPT, Classifier, GptEdgeError, InputError, load
 from gptedge_runtime.bundle import ClassifierSpec
 from gptedge_runtime.evaluate import evaluate
 from gptedge_runtime.session import Session
 
 BIN = Path(sys.executable).parent
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
+TOO_LONG = pytest.param(-(10**5000), id="too long to print")
 OTHERS = ["f2", "f4", "f8", "g", "c8", "c16", "?", "S3", "U3", "V4", "M8[s]", "m8[s]", "O"]
 
 
@@ -55,7 +56,9 @@ def test_a_shape_that_is_no_prompt_is_refused(tiny: GPT, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-@pytest.mark.parametrize("wrong", [-1, 270, 2**31, -(2**63), 2**64, 0.0, None, "1", True, [1], {}, b"1", np.nan])
+@pytest.mark.parametrize(
+    "wrong", [-1, 270, 2**31, -(2**63), 2**64, TOO_LONG, 0.0, None, "1", True, [1], {}, b"1", np.nan]
+)
 def test_one_wrong_id_anywhere_is_named(tiny: GPT, position: int, wrong: Any) -> None:
     ids: list[Any] = [1, 2, 3]
     ids[position] = wrong
@@ -148,6 +151,12 @@ def test_wrong_texts_are_refused_before_any_device_sees_them(
         entry(tiny, text)
 
 
+@pytest.mark.parametrize("option", ["threads", "timeout_s"])
+def test_a_number_too_long_to_print_is_refused(bundles: Path, option: str) -> None:
+    with pytest.raises(InputError, match=f"{option} is a number of thousands of digits"):
+        load(bundles / "tiny", **{option: -(10**5000)})
+
+
 def generated(bundles: Path, stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     command: list[str | Path] = [BIN / "gptedge", "generate", bundles / "tiny", "-n", "5", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
@@ -176,7 +185,7 @@ def test_an_argument_that_is_not_utf_8_is_refused(bundles: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "stop", "on_overflow", "sampling", "should_stop"])
-@pytest.mark.parametrize("value", [-1, 1.5, "", b"", [], {}, object(), float("nan"), 10**30 - 1j])
+@pytest.mark.parametrize("value", [-1, 1.5, "", b"", [], {}, object(), float("nan"), 10**30 - 1j, TOO_LONG])
 def test_an_option_of_any_type_is_used_or_refused(tiny: GPT, name: str, value: Any) -> None:
     with pytest.raises(GptEdgeError):
         tiny.generate("hello", **{name: value})
