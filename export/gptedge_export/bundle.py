@@ -19,7 +19,7 @@ from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
 from .graphs import GRAPHS, trace
-from .loop import generate_graph, trace_step
+from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .verify import Check, verify
@@ -130,6 +130,7 @@ def _make_graph(prepared: Prepared, name: str, opset: int) -> ir.Model:
     model = prepared.model
     graph = generate_graph(trace_step(model, opset), model.config) if name == "generate" else trace(model, name, opset)
     prepared.store(graph)
+    fold_weights(graph)
     return graph
 
 
