@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 from gptedge_export import weights
-from gptedge_export.loop import generate_graph, trace_step
+from gptedge_export.loop import fold_weights, generate_graph, trace_step
 from gptedge_export.verify import judge
 from gptedge_models import GPTModel, generate_text_simple
 from numpy.typing import NDArray
@@ -153,6 +154,24 @@ def test_it_brings_no_weights_of_its_own(tiny_bundle: Path) -> None:
         return {str(tensor.external_data) for tensor in graph.initializer if tensor.external_data}
 
     assert places("generate") == places("model")
+
+
+def test_what_matmulnbits_reads_in_the_loop_is_computed_in_the_loop_from_the_weights(tmp_path: Path) -> None:
+    """ONNX Runtime packs no weights of an outer graph, but does pack what it can compute from them beforehand."""
+    weight = ir.val("weight", const_value=ir.tensor(np.zeros((8, 1, 16), np.uint8), name="weight"))
+    inputs = [ir.val(name) for name in ("step", "goes_on", "x", "scales")]
+    product = ir.node("MatMulNBits", [inputs[2], weight, inputs[3]], domain="com.microsoft")
+    body = ir.Graph(inputs, [inputs[1], *product.outputs], nodes=[product], name="body")
+    loop = ir.node("Loop", [], {"body": body})
+    graph = ir.Graph([], loop.outputs, nodes=[loop], initializers=[weight], opset_imports={"": 20}, name="main")
+    fold_weights(ir.Model(graph, ir_version=10))
+    read = product.inputs[1]
+    assert read is not None
+    reshape = read.producer()
+    assert reshape is not None
+    assert reshape.op_type == "Reshape"
+    assert reshape.inputs[0] is weight
+    assert reshape.graph is body
 
 
 @pytest.mark.parametrize(
