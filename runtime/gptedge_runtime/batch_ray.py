@@ -92,8 +92,8 @@ def _connect(address: str | None) -> Any:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"no Ray cluster answers at {address}: start one there, set RAY_AUTH_TOKEN if it asks for a token, or leave "
-            "--ray-address out"
+            f"no Ray cluster answers at {address}: start one there, set RAY_AUTH_TOKEN if it asks for a token, "
+            "or leave --ray-address out"
         ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

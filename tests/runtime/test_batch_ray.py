@@ -87,7 +87,7 @@ def cluster() -> Iterator[str]:
         port = server.getsockname()[1]
     options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     options += ["--object-store-memory=100000000", "--disable-usage-stats"]
-    program = Path(sys.executable).with_name("ray")
+    program = str(Path(sys.executable).with_name("ray"))
     with tempfile.TemporaryDirectory() as folder:  # a short path, since sockets lie in it
         command = [program, "start", *options, f"--temp-dir={folder}"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
