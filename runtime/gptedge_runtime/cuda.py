@@ -60,6 +60,7 @@ class CudaSession(Session):
 
     graph = GRAPH
     holds_batches = False
+    places_are_positions = True
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class Session:
     graph = "decode"
     holds_batches = True
     """Whether greedy rows of a batch get the ids that they get alone."""
+    places_are_positions = False
+    """Whether the graph keeps a token in the cache at its position, and not behind the tokens before it."""
 
     def __init__(self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None) -> None:
         self.model = bundle.model
@@ -108,7 +110,8 @@ class Session:
         """Run the last token at the last position: smaller tables than the manifest says show now, not in use."""
         feeds = prefill_feeds(np.array([[self.model.vocab_size - 1]]), np.array([1]), np.array([[0]]))
         feeds["position_ids"][:] = self.model.context_length - 1
-        key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.n_outputs), np.float32)
+        key_values = self.new_key_values(1, self.model.context_length if self.places_are_positions else 1)
+        logits = np.empty((1, 1, self.model.n_outputs), np.float32)
         try:
             self.run_long(self.bind(feeds, key_values, logits), until(self.timeout_s, never))
         except BundleError as error:
