@@ -1,8 +1,8 @@
-"""gptedge and its peers on a GPU: cuda.py WORK --output FOLDER [--batches 1,8,32,128] [--precisions fp16,fp32].
+"""gptedge and its peers on a GPU: gpu.py WORK --output FOLDER [--batches 1,8,32,128] [--precisions fp16,fp32].
 
 The model has the sizes of GPT-2 124M and random weights of a fixed seed; WORK keeps its bundles for the next run. All
-engines run in this process, in turns A B C A B C; medians with the least and the most go into FOLDER/cuda.md and
-cuda.json. Nothing is installed, and an engine that cannot run is listed with its reason. ``--device cpu --tiny`` tries
+engines run in this process, in turns A B C A B C; medians with the least and the most go into FOLDER/gpu.md and
+gpu.json. Nothing is installed, and an engine that cannot run is listed with its reason. ``--device cpu --tiny`` tries
 the program where there is no GPU; its figures mean nothing.
 """
 
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import onnxruntime
 import torch
-from cuda_engines import ENGINES, Engine, random_rows
 from gptedge_export import export_bundle
 from gptedge_export.hugging_face import export_hugging_face
 from gptedge_export.vocabulary import Vocabulary
 from gptedge_models import CONFIGS, GPTConfig, GPTModel
 from gptedge_runtime.provider import why_not_cuda
+from gpu_engines import ENGINES, Engine, random_rows
 
 SEED = 123
 TINY = GPTConfig(vocab_size=300, context_length=128, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0)
@@ -216,9 +216,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     series = measure(args, write_model(args.work, config, args.precisions))
-    (args.output / "cuda.json").write_text(json.dumps([asdict(one) for one in series], indent=1) + "\n", "utf-8")
+    (args.output / "gpu.json").write_text(json.dumps([asdict(one) for one in series], indent=1) + "\n", "utf-8")
     text = "\n".join(report(series, config, args)) + "\n"
-    (args.output / "cuda.md").write_text(text, "utf-8")
+    (args.output / "gpu.md").write_text(text, "utf-8")
     print(text)
 
 
