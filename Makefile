@@ -2,14 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install wheel-test cuda-test examples-test release clean
+.PHONY: demo test lint install bundles wheel-test cuda-test examples-test release clean
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
 	$(BIN)/gptedge generate build/demo "One windy day, Leo" -n 200
 
-test: install lint  ## linters, types, import contract, all tests
-	$(BIN)/pytest -q
+test: install lint bundles  ## linters, types, import contract, all tests, in two processes
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -24,19 +24,20 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cpu,export,test]"
 	touch $@
 
-wheel-test: install  ## the runtime's tests against the built wheel, in an environment that has never seen PyTorch
+bundles: install  ## what the tests read, made once for all that run
+	$(BIN)/python tests/make_bundles.py build/test-bundles
+
+wheel-test: install bundles  ## the runtime's tests against the built wheel, in an environment that has never seen PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
 	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest pytest-timeout hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
-	$(BIN)/python tests/make_bundles.py build/test-bundles
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime
 
-cuda-test: install  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
+cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
 	$(PYTHON) -m venv --clear build/cuda-venv
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	build/cuda-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cuda]" pytest pytest-timeout hypothesis
-	$(BIN)/python tests/make_bundles.py build/test-bundles
 	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/gpu tests/runtime/test_provider.py
 

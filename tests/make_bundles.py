@@ -3,7 +3,8 @@
 With --cuda instead FOLDER/fp32 and FOLDER/fp16, the model of FOLDER/tiny with the graph for GPUs, for tests/gpu.
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
-FOLDER/close is a model whose every choice the last bits of the logits decide.
+FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at
+those precisions.
 """
 
 import sys
@@ -73,6 +74,8 @@ def main(folder: Path) -> None:
     model = random_model(TINY)
     export_bundle(model, folder / "tiny", vocabulary=tiny_vocabulary(), force=True)
     write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
+    for precision in ("int8", "int4"):
+        export_bundle(model, folder / precision, vocabulary=tiny_vocabulary(), precision=precision, force=True)
     model = random_model(TINY)
     head = model.out_head.weight.data
     head[1:4] = head[0] * torch.tensor([[1.0], [-1.0], [-1.0]]) * (1 + 1e-7 * torch.randn(3, TINY.emb_dim))

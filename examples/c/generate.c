@@ -73,13 +73,17 @@ int main(int argc, char **argv) {
     return 2;
   }
   int64_t eos = to_int64(argv[2]), max_new_tokens = to_int64(argv[3]), length = argc - 4;
+  if (max_new_tokens < 0) {
+    fprintf(stderr, "error: %s new tokens: give 0 or more\n", argv[3]);
+    return 2;
+  }
   int64_t *ids = calloc((size_t)length, sizeof *ids), *mask = calloc((size_t)length, sizeof *mask);
   if (ids == NULL || mask == NULL) return 2;
   for (int64_t i = 0; i < length; i++) ids[i] = to_int64(argv[4 + i]), mask[i] = 1;
 
   setenv("ORT_DISABLE_TELEMETRY", "1", 1);
   OrtEnv *env;
-  check(ort->CreateEnv(ORT_LOGGING_LEVEL_WARNING, "gptedge", &env));
+  check(ort->CreateEnv(ORT_LOGGING_LEVEL_FATAL, "gptedge", &env));  // errors come as a status
   OrtSession *session = open_graph(env, argv[1]);
 
   const int64_t shape[] = {1, length};

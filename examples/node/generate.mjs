@@ -1,5 +1,5 @@
 // Continue a text with a bundle: node generate.mjs BUNDLE PROMPT [MAX_NEW_TOKENS] [--one-call]
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { Tiktoken } from "js-tiktoken/lite";
 
@@ -8,7 +8,10 @@ const { default: ort } = await import("onnxruntime-node");
 
 const int64 = (dims, values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
 
-export const readManifest = (bundle) => JSON.parse(readFileSync(`${bundle}/manifest.json`, "utf8"));
+export function readManifest(bundle) {
+  if (!existsSync(`${bundle}/manifest.json`)) throw new Error(`${bundle} holds no manifest.json: give a bundle`);
+  return JSON.parse(readFileSync(`${bundle}/manifest.json`, "utf8"));
+}
 
 export const open = (bundle, graph) => ort.InferenceSession.create(`${bundle}/onnx/${graph}.onnx`);
 
@@ -56,7 +59,10 @@ export async function generate(session, prompts, maxNewTokens, eos) {
   return prompts.map((_, row) => Array.from(output_ids.data.subarray(row * length + width, (row + 1) * length), Number));
 }
 
-async function main(bundle, prompt, maxNewTokens = 40, flag) {
+async function main(bundle, prompt, maxNewTokens = 40, flag = "") {
+  if (!prompt || !/^\d+$/.test(maxNewTokens) || !["", "--one-call"].includes(flag)) {
+    throw new Error("usage: node generate.mjs BUNDLE PROMPT [MAX_NEW_TOKENS] [--one-call]");
+  }
   const manifest = readManifest(bundle);
   const { encode, decode } = readTokenizer(bundle, manifest.tokenizer);
   const eos = manifest.tokenizer.eos_token_id ?? -1;
@@ -77,4 +83,9 @@ async function main(bundle, prompt, maxNewTokens = 40, flag) {
   console.log(decode(ids).slice(shown));
 }
 
-if (process.argv[1] === fileURLToPath(import.meta.url)) await main(...process.argv.slice(2));
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  await main(...process.argv.slice(2)).catch(({ message }) => {
+    console.error(message.split("\n")[0]);
+    process.exitCode = 2;
+  });
+}

@@ -20,6 +20,7 @@ from .atomic import atomic_folder
 from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
+from .fuse import fuse
 from .graphs import CUDA_DTYPES, GRAPHS, trace
 from .loop import generate_graph, trace_step
 from .precision import Prepared, prepare
@@ -113,7 +114,7 @@ def export_bundle(
         graphs = _write_graphs(prepared, folder, wanted, precision, opset, progress)
         with prepared.as_computed():
             checks = verify(prepared.model, folder, precision=precision, progress=progress)
-            answers = known_answers(prepared.model, precision)
+        answers = known_answers(prepared, precision)
         name = "the stories" if calibration is None else "the calibration text"
         quality = None if precision == "fp32" else measure(model, folder, precision, held_out, name)
         report = Report(out, precision, checks, quality)
@@ -139,9 +140,12 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
     model = prepared.model
     if name == "decode_cuda":
         return trace(copy.deepcopy(model).to(CUDA_DTYPES[precision]), name, opset)
-    graph = generate_graph(trace_step(model, opset), model.config) if name == "generate" else trace(model, name, opset)
+    scales = prepared.cache_scales
+    graph = trace_step(model, opset, scales) if name == "generate" else trace(model, name, opset, scales)
     prepared.store(graph)
-    return graph
+    if name == "decode" and scales is not None:
+        fuse(graph, model.config.emb_dim)
+    return generate_graph(graph, model.config) if name == "generate" else graph
 
 
 def _write_files(

@@ -19,6 +19,8 @@ from gptedge_models import GPTConfig, GPTModel
 from gptedge_models.gpt import LayerNorm
 from torch import Tensor, nn
 
+from .blocks import round_cache
+
 Attend = Callable[[int, Tensor], Tensor]
 """Layer number and packed query, key, value (B*S, 3D) -> context (B*S, D)."""
 
@@ -65,11 +67,15 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Everything of a GPT but the attention; it holds the model's own tensors, and no dropout."""
+    """Everything of a GPT but the attention; it holds the model's own tensors, and no dropout.
 
-    def __init__(self, model: GPTModel) -> None:
+    With ``cache_scales``, float32 (2D,) for each layer, its keys and values have 8 bits.
+    """
+
+    def __init__(self, model: GPTModel, cache_scales: Sequence[Tensor] | None = None) -> None:
         super().__init__()
         self.config = model.config
+        self.cache_scales = None if cache_scales is None else nn.ParameterList(cache_scales)
         self.tok_emb, self.pos_emb = model.tok_emb, model.pos_emb
         self.blocks = nn.ModuleList(Block(block) for block in model.trf_blocks)
         self.final_norm = Norm(model.final_norm)
@@ -82,6 +88,13 @@ class Stack(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, attend)
         return x
+
+    def split(self, layer: int, qkv: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Packed query, key, value (B*S, 3D) -> each of them (B, n_heads, S, head_dim)."""
+        q, kv = qkv.tensor_split((self.config.emb_dim,), dim=-1)
+        if self.cache_scales is not None:
+            kv = round_cache(kv, self.cache_scales[layer])
+        return (heads(x, self.config, batch_size) for x in (q, *kv.chunk(2, dim=-1)))
 
     def logits(self, x: Tensor, batch_size: int) -> Tensor:
         """(B*S, D) -> (B, S, V); a classifier has its classes where V stands."""
@@ -120,7 +133,7 @@ class Forward(Stack):
         bias = additive(positions[:, None] >= positions)  # (S, S)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = (heads(x, self.config, batch_size) for x in qkv.chunk(3, dim=-1))
+            q, k, v = self.split(layer, qkv, batch_size)
             return attention(q, k, v, bias)
 
         return self.logits(self.hidden(input_ids, positions, attend), batch_size)
@@ -141,7 +154,7 @@ class Growing(Stack):
         present: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = (heads(x, self.config, batch_size) for x in qkv.chunk(3, dim=-1))
+            q, k, v = self.split(layer, qkv, batch_size)
             k, v = torch.cat((past[layer][0], k), dim=2), torch.cat((past[layer][1], v), dim=2)
             present.append((k, v))
             return attention(q, k, v, bias)
@@ -194,10 +207,16 @@ class Decode(Stack):
             length = qkv.shape[1]
             qkv = widen(qkv, width).flatten(2)  # (B, S, 3 * n_heads * width)
             k, v = past[layer]
+            inputs = [qkv, None, None, k, v, seqlens_k, total_sequence_length]
+            attributes = {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5}
+            if self.cache_scales is not None:
+                scales = self.cache_scales[layer].view(2, n_heads, head_dim)
+                inputs += [*[None] * 5, *F.pad(scales, (0, width - head_dim), value=1.0).flatten(1)]
+                attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
             context, k, v = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
-                [qkv, None, None, k, v, seqlens_k, total_sequence_length],
-                {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5},
+                inputs,
+                attributes,
                 dtypes=[qkv.dtype, k.dtype, v.dtype],
                 shapes=[(batch_size, length, n_heads * width), k.shape, v.shape],
                 version=1,
@@ -321,15 +340,16 @@ def _sample(name: str, config: GPTConfig) -> Sample:
     }
 
 
-def trace(model: GPTModel, name: str, opset: int) -> ir.Model:
+def trace(model: GPTModel, name: str, opset: int, cache_scales: Sequence[Tensor] | None = None) -> ir.Model:
     """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
     config, caches = model.config, {}
     if name != "forward":
-        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config), dtype=model.tok_emb.weight.dtype)
+        dtype = torch.int8 if name == "decode" and cache_scales is not None else model.tok_emb.weight.dtype
+        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config), dtype=dtype)
         length = "past_sequence_length" if name == "model" else "max_sequence_length"
         caches = {"past_key_values": (cache, {0: "batch_size", 2: length})}
     outputs = ["logits", "best_ids"] if name == "decode_cuda" else ["logits"]
-    return export(GRAPHS[name](model), _sample(name, config), caches, outputs, opset)
+    return export(GRAPHS[name](model, cache_scales), _sample(name, config), caches, outputs, opset)
 
 
 def export(module: Stack, sample: Sample, caches: Sample, outputs: list[str], opset: int) -> ir.Model:

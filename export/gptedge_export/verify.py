@@ -77,7 +77,8 @@ class Graph:
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.name = name
         self.config = config
-        self._cache_dtype = np.float16 if (name, precision) == ("decode_cuda", "fp16") else np.float32
+        narrow = {("decode", "int8"): np.int8, ("decode", "int4"): np.int8, ("decode_cuda", "fp16"): np.float16}
+        self._cache_dtype = narrow.get((name, precision), np.float32)
 
     def run(self, **feeds: Array) -> list[Array]:
         """Logits, then the cache."""

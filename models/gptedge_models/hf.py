@@ -1,8 +1,11 @@
 """GPT-2 as Hugging Face stores it: names and transposes, ``config.json``, the hub."""
 
+import contextlib
 import hashlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,10 @@ _FIXED = {
     "add_cross_attention": False,
 }
 _EXACT_GELU = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}
+ANSWER_S = 10
+"""How long the hub may take to say what it has."""
+
+_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _BLOCK = {
     "attn.c_attn.weight": Part(("att.W_query.weight", "att.W_key.weight", "att.W_value.weight"), transposed=True),
     "attn.c_attn.bias": Part(("att.W_query.bias", "att.W_key.bias", "att.W_value.bias")),
@@ -110,13 +117,16 @@ def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def download(hub_id: str) -> Path:
-    """Fetch config and weights of a hub repository, or find them in the hub's cache; returns their folder."""
-    from huggingface_hub import snapshot_download  # takes a while to import, and is needed only here
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Fetch config and weights of a hub repository, or find them in the hub's cache; returns their folder.
 
-    files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    A connection that is lost is taken up again where it broke off, one that is silent is given up: the hub's own limits
+    on a file (``HF_HUB_DOWNLOAD_TIMEOUT``) hold, and :data:`ANSWER_S` for its first answer.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError  # takes a while to import, and is needed only here
+
     try:
-        return checked(Path(snapshot_download(hub_id, allow_patterns=files)))
+        with _silence():
+            return checked(_fetch(hub_id))
     except CheckpointError:
         raise
     except LocalEntryNotFoundError:
@@ -127,6 +137,38 @@ def download(hub_id: str) -> Path:
         f"{label(hub_id)} could not be fetched from the Hugging Face hub ({cause}): "
         "check name and network, or give the path of a downloaded folder"
     )
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        # snapshot_download would ask the same, and wait for the answer for ever
+        found = HfApi().model_info(hub_id, timeout=ANSWER_S)
+    except RepositoryNotFoundError:
+        raise
+    except Exception:  # no network, no answer, or told to stay offline
+        return Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))
+    names = sorted(file.rfilename for file in found.siblings or ())
+    wanted = [name for name in names if any(fnmatchcase(name, pattern) for pattern in _FILES)]
+    if not any(name.endswith(".safetensors") for name in wanted):
+        raise CheckpointNotFoundError(f"{label(hub_id)} has no model.safetensors on the hub: choose another repository")
+    (folder,) = {Path(hf_hub_download(hub_id, name)).parent for name in wanted}  # two if the repository just changed
+    return folder
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Let the hub's library try again without a word: how it ends is told once, by us."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    level = get_verbosity()
+    set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(level)
 
 
 def checked(folder: Path) -> Path:

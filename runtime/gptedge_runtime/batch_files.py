@@ -65,6 +65,8 @@ class Target:
     def __init__(self, path: Path, job: dict[str, Any]) -> None:
         self._path = path
         self._rows_path = Path(f"{path}.rows.jsonl") if is_parquet(path) else path
+        if self._rows_path.exists() and not self._rows_path.is_file():  # a device may hold rows without end
+            raise InputError(f"{self._rows_path} is no plain file: give another OUT")
         try:
             self._file = self._rows_path.open("a+b", buffering=0)
         except OSError as error:

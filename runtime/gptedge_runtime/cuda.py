@@ -88,7 +88,7 @@ class CudaSession(Session):
         super().__init__(bundle, provider=device, threads=threads, timeout_s=timeout_s)
         self.rounds_finely = False  # no bound says where a GPU's last bits turn a choice: no drafts
 
-    def _open(self, bundle: Bundle, threads: int) -> Any:
+    def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         where = f"{MANIFEST}: {bundle.graphs[GRAPH].path}"
         compare_graphs(where, bundle.graphs[GRAPH], contract(bundle))
         if self.device == "cpu":

@@ -12,6 +12,14 @@ def one_line(message: str) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def shown(value: object) -> str:
+    """Return the beginning of a value's text for a message; Python writes no integer of thousands of digits."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 class GptEdgeError(Exception):
     """Root of all errors that a user can cause; the text names the value, the limit and the remedy."""
 

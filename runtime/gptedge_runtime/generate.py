@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, shown
 from .limits import ShouldStop, Stopped, until
 from .session import Cache, Logits, Session
 from .speculate import Speculation, is_close
@@ -31,13 +31,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if type(self.temperature) not in (int, float) or not 0 <= self.temperature < np.inf:
-            raise InputError(f"temperature is {self.temperature!r}: give a number of at least 0")
+            raise InputError(f"temperature is {shown(self.temperature)}: give a number of at least 0")
         if type(self.top_p) not in (int, float) or not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p!r}: give a number above 0 and at most 1")
+            raise InputError(f"top_p is {shown(self.top_p)}: give a number above 0 and at most 1")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise InputError(f"top_k is {self.top_k!r}: give a whole number of at least 1")
+            raise InputError(f"top_k is {shown(self.top_k)}: give a whole number of at least 1")
         if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
-            raise InputError(f"seed is {self.seed!r}: give a whole number of at least 0")
+            raise InputError(f"seed is {shown(self.seed)}: give a whole number of at least 0")
 
 
 def count_steps(lengths: Sequence[int], max_new_tokens: int, context_length: int, on_overflow: str) -> list[int]:
@@ -46,7 +46,7 @@ def count_steps(lengths: Sequence[int], max_new_tokens: int, context_length: int
     Raises :class:`InputError` where ``stop`` or ``error`` refuses a prompt.
     """
     if on_overflow not in ("slide", "stop", "error"):
-        raise InputError(f"on_overflow is {on_overflow!r}: choose slide, stop or error")
+        raise InputError(f"on_overflow is {shown(on_overflow)}: choose slide, stop or error")
     if on_overflow == "slide":
         return [max_new_tokens] * len(lengths)
     longest = max(lengths)

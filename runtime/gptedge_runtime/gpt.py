@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import TEMPLATE_PLACE, ModelConfig, open_bundle
-from .errors import InputError
+from .errors import InputError, shown
 from .generate import Sampling, count_steps, generate
 from .inputs import TokenIds, read_count, read_rows
 from .limits import check_timeout, count_threads, never
@@ -122,7 +122,7 @@ class GPT:
     def request(self, prompt: str, *, max_new_tokens: int, stop: str | None, on_overflow: str) -> Request:
         """Return what :meth:`generate` would do with these arguments. Raises ``InputError`` for wrong ones."""
         if stop is not None and (not isinstance(stop, str) or not stop):
-            raise InputError(f"stop is {stop!r}: give a text of at least one character")
+            raise InputError(f"stop is {shown(stop)}: give a text of at least one character")
         (prompt_token_ids,), _ = read_rows(self.tokenizer.encode(prompt), self.config.vocab_size)
         max_new_tokens = read_count("max_new_tokens", max_new_tokens, low=0)
         (n_steps,) = count_steps([len(prompt_token_ids)], max_new_tokens, self.config.context_length, on_overflow)

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import InputError, shown
+
+MAX_COUNT = 2**31 - 1
+"""Far above any use, and nowhere too large for the C code that counts."""
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
 
@@ -23,9 +26,9 @@ def read_rows(token_ids: TokenIds, vocab_size: int) -> tuple[list[list[int]], bo
 
 
 def read_count(name: str, value: int, *, low: int) -> int:
-    """Return a whole number of at least ``low``; raises :class:`InputError` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise InputError(f"{name} is {str(value)[:40]}: give a whole number of at least {low}")
+    """Return a whole number from ``low`` to ``MAX_COUNT``; raises :class:`InputError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= MAX_COUNT:
+        raise InputError(f"{name} is {shown(value)}: give a whole number from {low} to {MAX_COUNT:,}")
     return int(value)
 
 
@@ -44,7 +47,9 @@ def _check_row(row: list[Any], vocab_size: int) -> list[int]:
         raise InputError("the prompt has no tokens: give at least one")
     for token_id in row:
         if isinstance(token_id, bool) or not isinstance(token_id, int | np.integer):
-            raise InputError(f"token id {str(token_id)[:40]} is {type(token_id).__name__}: give whole numbers")
+            raise InputError(f"token id {shown(token_id)} is {type(token_id).__name__}: give whole numbers")
         if not 0 <= token_id < vocab_size:
-            raise InputError(f"token id {token_id} is outside the vocabulary 0..{vocab_size - 1}: give ids inside it")
+            raise InputError(
+                f"token id {shown(token_id)} is outside the vocabulary 0..{vocab_size - 1}: give ids inside it"
+            )
     return [int(token_id) for token_id in row]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import InputError, TimeLimitError
+from .errors import InputError, TimeLimitError, shown
 
 T = TypeVar("T")
 ShouldStop = Callable[[], bool]
@@ -59,7 +59,7 @@ def in_worker(run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
 def count_threads(threads: int | None) -> int:
     """Return how many threads to use: at most the CPUs this process may run on, since more are many times slower."""
     if threads is not None and (type(threads) is not int or threads < 1):
-        raise InputError(f"threads is {threads!r}: give a whole number of at least 1")
+        raise InputError(f"threads is {shown(threads)}: give a whole number of at least 1")
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = min(allowed, _read_quota() or allowed)
     return min(threads or allowed, allowed)
@@ -77,4 +77,4 @@ def _read_quota() -> int | None:
 def check_timeout(timeout_s: float | None) -> None:
     """Raise :class:`InputError` for a time limit that is no number of seconds above 0."""
     if timeout_s is not None and (type(timeout_s) not in (int, float) or not 0 < timeout_s <= 1e9):
-        raise InputError(f"timeout_s is {str(timeout_s)[:40]}: give a number of seconds above 0, at most 1e9")
+        raise InputError(f"timeout_s is {shown(timeout_s)}: give a number of seconds above 0, at most 1e9")

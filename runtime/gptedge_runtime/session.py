@@ -18,13 +18,23 @@ from .limits import POLL_S, ShouldStop, in_worker, never, until
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
+CHUNK_TOKENS = 128  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 
 
 class Session:
-    """The bundle's decode graph, checked against the manifest; many threads may use one at the same time."""
+    """The bundle's decode graph, checked against the manifest; many threads may use one at the same time.
+
+    ``exact``: in an int8 or int4 bundle, too, no kernel rounds its inputs. That is slow, and for ``verify``.
+    """
 
     graph = "decode"
     holds_batches = True
@@ -34,30 +44,32 @@ class Session:
     why_not_cuda: str | None = None
     """Why ``auto`` took the CPU for this bundle where there is a GPU."""
 
-    def __init__(self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None, exact: bool = False
+    ) -> None:
         self.model = bundle.model
         self.provider = provider
         self.timeout_s = timeout_s
-        self.precision, self.rounds_finely = bundle.precision, bundle.rounds_finely
-        self.cache_names = cache_names(bundle.model)
+        self.precision, self.rounds_finely = bundle.precision, exact or bundle.rounds_finely
+        self.cache_names, self.cache_dtype = cache_names(bundle.model), bundle.cache_dtype
         self._ort = import_onnxruntime()
-        self._session = self._open(bundle, threads)
+        self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
         self._probe()
 
-    def _open(self, bundle: Bundle, threads: int) -> Any:
-        compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
-        return open_graph(bundle, bundle.graphs["decode"], threads)
+    def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
+        compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
+        return open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""
         return Cache(self, batch, capacity)
 
-    def new_key_values(self, batch: int, capacity: int) -> list[NDArray[np.float32]]:
+    def new_key_values(self, batch: int, capacity: int) -> list[Any]:
         """Return one zeroed array (B, n_heads, capacity, cache_width) for each entry of ``cache_names``."""
         shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
         try:
-            return [np.zeros(shape, np.float32) for _ in self.cache_names]
+            return [np.zeros(shape, self.cache_dtype) for _ in self.cache_names]
         except MemoryError as error:
             raise _out_of_memory() from error
 
@@ -171,12 +183,17 @@ class Cache:
         """Read ids in the place of what these rows of the cache held. Raises ``Stopped``."""
         self._step, self._n_accepted, self._is_refilled = self._steps[1], 0, True
         self._step.read_logits()  # those of the other rows stay
-        lengths = np.array([len(row) for row in rows])
-        feeds = prefill_feeds(pad_right(rows), lengths, lengths[:, None] - 1)
-        binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._step.logits[part])
-        self._session.run_long(binding, should_stop)
+        key_values = [array[part] for array in self._key_values]
+        longest = max(len(row) for row in rows)
+        size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
+        for start in range(0, longest, size):
+            chunk = [row[start : start + size] for row in rows]
+            lengths = np.array([len(row) for row in chunk])
+            feeds = prefill_feeds(pad_right(chunk), lengths, lengths[:, None] - 1, past=start)
+            binding = self._session.bind(feeds, key_values, self._step.logits[part])
+            self._session.run_long(binding, should_stop)
         self._session.read_logits(binding)
-        self._lengths[part] = lengths
+        self._lengths[part] = [len(row) for row in rows]
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop, drafts: Sequence[int] = ()) -> None:
         """Append one id to each row. A full row gets its last place written over, and logits that mean nothing.
@@ -247,14 +264,14 @@ class Step:
         self.least_s = min(self.least_s, time.perf_counter() - started)
 
 
-def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids) -> dict[str, NDArray[Any]]:
-    """Return decode's inputs for ids int64 (B, T) into empty caches; row b has ``lengths[b]`` tokens, then padding."""
+def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids, past: int = 0) -> dict[str, NDArray[Any]]:
+    """Return decode's inputs for ids int64 (B, T) behind ``past`` ones; row b has ``lengths[b]``, then padding."""
     batch, width = ids.shape
     return {
         "input_ids": ids,
-        "position_ids": np.tile(np.arange(width), (batch, 1)),
-        "seqlens_k": (lengths - 1).astype(np.int32),
-        "total_sequence_length": np.array(width, np.int32),
+        "position_ids": np.tile(np.arange(past, past + width), (batch, 1)),
+        "seqlens_k": (past + lengths - 1).astype(np.int32),
+        "total_sequence_length": np.array(past + width, np.int32),
         "logit_positions": np.ascontiguousarray(logit_positions),
     }
 
@@ -312,15 +329,21 @@ def _out_of_memory() -> OutOfMemoryError:
 
 
 def open_graph(
-    bundle: Bundle, graph: GraphSpec, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)
+    bundle: Bundle,
+    graph: GraphSpec,
+    threads: int,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    *,
+    exact: bool = False,
 ) -> Any:
     """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
-    if bundle.rounds_finely:
-        # float32 weights are used where they are mapped, instead of held a second time in another order
+    if exact or bundle.rounds_finely:
+        # float32 weights are used where they are mapped, instead of held a second time in another order; where weights
+        # are integers, MatMulNBits without its packed ones multiplies in float32 and rounds no input
         options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
@@ -349,7 +372,7 @@ def cache_width(model: ModelConfig) -> int:
     return -(-model.head_dim // 8) * 8
 
 
-def decode_contract(model: ModelConfig) -> GraphSpec:
+def decode_contract(model: ModelConfig, cache_dtype: str = "float32") -> GraphSpec:
     """Return the inputs and outputs that decode.onnx must have for a model of these sizes."""
     cache = ("batch_size", model.n_heads, "max_sequence_length", cache_width(model))
     tokens = ("batch_size", "sequence_length")
@@ -359,11 +382,11 @@ def decode_contract(model: ModelConfig) -> GraphSpec:
         TensorSpec("seqlens_k", "int32", ("batch_size",)),
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("batch_size", "logit_count")),
-        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in cache_names(model)),
+        *(TensorSpec(f"past_key_values.{name}", cache_dtype, cache) for name in cache_names(model)),
     ]
     outputs = [
         TensorSpec("logits", "float32", ("batch_size", "logit_count", model.n_outputs)),
-        *(TensorSpec(f"present.{name}", "float32", cache) for name in cache_names(model)),
+        *(TensorSpec(f"present.{name}", cache_dtype, cache) for name in cache_names(model)),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what the tests of the examples need: setup.sh [PYTHON], where PYTHON is of the environment that runs pytest.
-# npm packages, Chromium and the C header (Debian), and an environment of its own for onnxruntime-genai and optimum.
+# npm packages, Chromium and the C header (Debian), and environments of their own: onnxruntime-genai and optimum; Triton.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${1:-.venv/bin/python}
@@ -24,4 +24,13 @@ if ! cmp -s tests/examples/peers.txt build/peers-venv/.installed; then
   "$python" -m venv --clear build/peers-venv
   build/peers-venv/bin/python -m pip install -q --disable-pip-version-check -r tests/examples/peers.txt
   cp tests/examples/peers.txt build/peers-venv/.installed
+fi
+
+if ! cmp -s tests/examples/triton.txt build/triton-venv/.installed; then
+  "$python" -m venv --clear build/triton-venv
+  build/triton-venv/bin/python -m pip install -q --disable-pip-version-check -r tests/examples/triton.txt
+  libraries=$(echo build/triton-venv/lib/python3.*)
+  server=$libraries/site-packages/pytriton/tritonserver
+  install -m 755 "$server/python_backend_stubs/${libraries##*python}/"* "$server/backends/python"
+  cp tests/examples/triton.txt build/triton-venv/.installed
 fi

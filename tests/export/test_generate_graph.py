@@ -133,6 +133,12 @@ def nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from nodes(attribute.g)
 
 
+def body(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """Of the first loop."""
+    loop = next(node for node in graph.node if node.op_type == "Loop")
+    return next(attribute.g for attribute in loop.attribute if attribute.name == "body")
+
+
 def test_it_is_valid_and_uses_standard_operators_only(path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
     graph = onnx.load(path, load_external_data=False).graph
@@ -147,12 +153,22 @@ def test_it_carries_no_metadata(path: Path) -> None:
 
 
 def test_it_brings_no_weights_of_its_own(tiny_bundle: Path) -> None:
-    def places(name: str) -> set[str]:
-        graph = onnx.load(tiny_bundle / f"onnx/{name}.onnx", load_external_data=False).graph
-        assert not any(node.op_type == "Constant" and node.ByteSize() > 2048 for node in nodes(graph))
-        return {str(tensor.external_data) for tensor in graph.initializer if tensor.external_data}
+    model, generate = (
+        onnx.load(tiny_bundle / f"onnx/{name}.onnx", load_external_data=False).graph for name in ("model", "generate")
+    )
+    assert not any(node.op_type == "Constant" and node.ByteSize() > 2048 for node in nodes(generate))
+    assert places(body(body(generate))) == places(model)
 
-    assert places("generate") == places("model")
+
+def test_its_weights_are_constants_of_the_graph_that_reads_them(path: Path) -> None:
+    """ONNX Runtime packs no others for its kernels: MatMulNBits then unpacks all weights for every token."""
+    graph = onnx.load(path, load_external_data=False).graph
+    assert not graph.initializer
+    assert not body(graph).initializer
+
+
+def places(graph: onnx.GraphProto) -> set[str]:
+    return {str(tensor.external_data) for tensor in graph.initializer if tensor.external_data}
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ from gptedge_export.quantise import quantise
 from gptedge_export.verify import RTOL
 from gptedge_models import GPTConfig, GPTModel, demo, load_checkpoint
 from gptedge_runtime import load
+from gptedge_runtime.cli import cli as gptedge
 from gptedge_runtime.verify import verify
 from onnx import TensorProto, helper, numpy_helper
 
 ODD = GPTConfig(vocab_size=257, context_length=9, emb_dim=15, n_heads=3, n_layers=1, drop_rate=0.0)
 PROMPT = "One windy day, Leo"
+TEXTS = (PROMPT, "Once", "One morning, Mia went to the market. She")
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +112,20 @@ def test_a_bundle_of_the_demo_verifies_and_tells(demo_bundle: Path) -> None:
 
 def test_rows_of_a_batch_equal_single_rows(demo_bundle: Path) -> None:
     with load(demo_bundle) as gpt:
-        texts = (PROMPT, "Once", "One morning, Mia went to the market. She")
-        asked = [gpt.request(text, max_new_tokens=30, stop=None, on_overflow="slide") for text in texts]
-        single = [gpt.generate_ids(gpt.tokenizer.encode(text), max_new_tokens=30) for text in texts]
-        together = [row.token_ids for row in gpt.generate_batch(asked)]
-        assert [ids + new[len(ids) :] for ids, new in zip(together, single, strict=True)] == single
-        assert all(together)
+        prompts = [gpt.tokenizer.encode(text) for text in TEXTS]
+        single = [gpt.generate_ids(prompt, max_new_tokens=30) for prompt in prompts]
+        assert gpt.generate_ids(prompts, max_new_tokens=30) == single
+
+
+def test_the_command_batch_gives_what_generate_gives(demo_bundle: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(TEXTS)))
+    arguments = ["batch", str(demo_bundle), str(source), str(target), "-n", "30", "--batch-size", "2"]
+    gptedge.main(arguments, standalone_mode=False)
+    with load(demo_bundle) as gpt:
+        single = [gpt.generate(text, max_new_tokens=30) for text in TEXTS]
+    assert [json.loads(line)["text"] for line in target.read_text("utf-8").splitlines()] == single
+    assert all(single)
 
 
 def test_weights_take_the_bytes_that_the_precision_says(demo_bundle: Path, demo_vocabulary: Vocabulary) -> None:

@@ -235,12 +235,16 @@ def test_the_summary_is_on_stderr_and_stdout_is_empty(bundles: Path, tmp_path: P
         (["{in}", "{out}", "--threads", "0"], "threads is 0"),
         (["/nowhere/in.jsonl", "{out}"], "no file /nowhere/in.jsonl"),
         (["{in}", "/nowhere/out.jsonl"], "cannot write /nowhere/out.jsonl"),
+        (["{in}", "/dev/full"], "/dev/full is no plain file"),
+        (["{in}", "/"], "/ is no plain file"),
+        (["{in}", "{fifo}"], "fifo is no plain file"),
         (["{in}"], "OUT"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2(bundles: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
     source = write_rows(tmp_path / "in.jsonl", make_rows(3))
-    names = {"{in}": str(source), "{out}": str(tmp_path / "out.jsonl")}
+    os.mkfifo(tmp_path / "fifo")
+    names = {"{in}": str(source), "{out}": str(tmp_path / "out.jsonl"), "{fifo}": str(tmp_path / "fifo")}
     given = [names.get(argument, argument) for argument in arguments]
     assert said in refused(gptedge("batch", bundles / "tiny", *given))
     assert not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_bytes()

@@ -119,6 +119,30 @@ def test_what_is_wrong_around_the_process_is_one_line(bundles: Path, line: str, 
     assert said in message
 
 
+HUGE = "9" * 24
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"gptedge batch {{tiny}} {{empty}} out --batch-size {HUGE}",
+        f"gptedge batch {{tiny}} {{empty}} out --max-new-tokens {HUGE}",
+        f"gptedge bench {{tiny}} --batch {HUGE}",
+        f"gptedge bench {{tiny}} --lengths {HUGE}",
+        f"gptedge bench {{tiny}} --repeats {HUGE}",
+        f"gptedge eval {{tiny}} {{empty}} --stride {HUGE}",
+        f"gptedge generate {{tiny}} hi --max-new-tokens {HUGE}",
+        f"gptedge generate {{tiny}} hi --timeout-s {HUGE}",
+    ],
+)
+def test_a_number_that_no_use_needs_is_one_line(bundles: Path, tmp_path: Path, line: str) -> None:
+    (tmp_path / "empty").touch()
+    done = shell(f"cd {tmp_path} && {BIN}/" + line.format(tiny=bundles / "tiny", empty="empty"))
+    assert (done.returncode, done.stdout) == (2, b"")
+    (message,) = done.stderr.decode().splitlines()
+    assert ": give a" in message
+
+
 def test_closed_standard_files_are_not_taken_by_the_bundles(bundles: Path) -> None:
     done = shell(f"{BIN}/gptedge generate {bundles / 'tiny'} hi -n 3 <&- 2>&-")
     assert done.returncode == 0

@@ -2,14 +2,19 @@
 
 import hashlib
 import http.server
+import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from gptedge_models import CheckpointError
+from gptedge_export import load_vocabulary
+from gptedge_export.hugging_face import export_hugging_face
+from gptedge_models import CheckpointError, load_checkpoint
 from gptedge_models.hf import checked
 
 WEIGHTS = b"weights" * 1000
@@ -48,36 +53,190 @@ def test_weights_with_another_hash_are_refused_by_name(cached: Path, shard: int,
         checked(cached)
 
 
-class _Silent(http.server.BaseHTTPRequestHandler):
-    """A hub that answers every request with an error."""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PART = 11_000_000  # huggingface_hub keeps what it has by pieces of 10 MB
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of the hub as huggingface_hub asks for; ``fault`` tells what goes wrong."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.files: dict[str, bytes] = {}
+        self.fault: Callable[[_Answer], bool] = lambda answer: False
+        self.asked: list[tuple[str, str, str | None]] = []  # method, file, Range
+        self.over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
 
     def do_GET(self) -> None:
-        self.send_error(503)
+        name = self.path.split("?")[0].rpartition("/")[2]
+        self.server.asked.append((self.command, name, self.headers["Range"]))
+        if self.server.fault(self):
+            self.close_connection = True
+        elif "/api/models/" in self.path:
+            siblings = [{"rfilename": name} for name in self.server.files]
+            self.send(json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
+        elif name in self.server.files:
+            self.send_file(self.server.files[name])
+        else:
+            self.send_error(404)
 
     do_HEAD = do_GET  # noqa: N815 - the server's name for it
+
+    def send_file(self, data: bytes, *, cut: int | None = None) -> None:
+        """Send a file, or the rest that is asked for; cut off after so many bytes."""
+        start = int((self.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.send(data[start:], 206 if start else 200, headers, cut)
+
+    def send(
+        self, data: bytes, status: int = 200, headers: Mapping[str, str] | None = None, cut: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:cut])
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
 
 @pytest.fixture
-def broken_hub() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Silent)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.over.set()
+        server.shutdown()
 
 
-def test_a_hub_that_does_not_answer_is_one_error_that_names_the_remedy(broken_hub: str, tmp_path: Path) -> None:
-    code = (
-        "from gptedge_models.hf import download\n"
-        "from gptedge_models import CheckpointError\n"
-        "try: download('owner/name')\n"
-        "except CheckpointError as error: print(error)"
-    )
-    environment = {"HF_ENDPOINT": broken_hub, "HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "owner/name could not be fetched from the Hugging Face hub" in done.stdout
-    assert done.stdout.endswith("or give the path of a downloaded folder\n")
+@pytest.fixture
+def export(hub: Hub, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """Run ``export-hf owner/name`` against the hub, whose library waits 1 second instead of 10."""
+    limits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_XET": "1"}
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", **limits}
+    program = Path(sys.executable).with_name("export-hf")
+    command: list[str | Path] = [program, "owner/name", "-o", tmp_path / "out", "--tokenizer", "bytes"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+    return run
+
+
+@pytest.fixture
+def weights(hub: Hub, tmp_path: Path) -> bytes:
+    """Of a GPT-2 that the hub has, a file of several parts."""
+    sizes = {"vocab_size": 257, "context_length": 8, "emb_dim": 768, "n_heads": 2, "n_layers": 1}  # 28 MB
+    model = load_checkpoint("random", config=sizes)
+    export_hugging_face(model, tmp_path / "hf", vocabulary=load_vocabulary("bytes"))
+    hub.files = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    return hub.files["model.safetensors"]
+
+
+Export = Callable[[], subprocess.CompletedProcess[str]]
+
+
+def test_a_model_comes_from_the_hub_and_then_from_the_cache(
+    hub: Hub, export: Export, weights: bytes, tmp_path: Path
+) -> None:
+    done = export()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+    shutil.rmtree(tmp_path / "out")
+    hub.fault = lambda answer: True
+    done = export()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_was(
+    hub: Hub, export: Export, weights: bytes, tmp_path: Path
+) -> None:
+    def cut(answer: _Answer) -> bool:
+        is_first = answer.command == "GET" and answer.path.endswith(".safetensors") and not answer.headers["Range"]
+        if is_first:
+            answer.send_file(weights, cut=2 * PART)
+        return is_first
+
+    hub.fault = cut
+    done = export()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+    ranges = [asked for method, name, asked in hub.asked if (method, name) == ("GET", "model.safetensors")]
+    assert len(ranges) == 2
+    assert ranges[0] is None
+    assert int(str(ranges[1]).removeprefix("bytes=").rstrip("-")) >= PART
+
+
+def test_a_download_with_a_changed_byte_is_refused(hub: Hub, export: Export, weights: bytes) -> None:
+    def change(answer: _Answer) -> bool:
+        is_file = answer.command == "GET" and answer.path.endswith(".safetensors")
+        if is_file:
+            digest = hashlib.sha256(weights).hexdigest()
+            answer.send(weights[:-1] + b"?", headers={"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT})
+        return is_file
+
+    hub.fault = change
+    done = export()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "model.safetensors is not the file that the hub has, its SHA-256 differs" in done.stderr
+
+
+def refuse(answer: _Answer) -> bool:
+    answer.send_error(503)
+    return True
+
+
+def hang_up(answer: _Answer) -> bool:
+    return True
+
+
+def say_nothing(answer: _Answer) -> bool:
+    answer.server.over.wait()
+    return True
+
+
+def fall_silent(answer: _Answer) -> bool:
+    """In the middle of each file of weights."""
+    is_file = answer.command == "GET" and answer.path.endswith(".safetensors")
+    if is_file:
+        answer.send_file(WEIGHTS, cut=1000)
+        say_nothing(answer)
+    return is_file
+
+
+@pytest.mark.parametrize("fault", [refuse, hang_up, say_nothing, fall_silent])
+def test_a_hub_that_does_not_answer_is_one_error_that_names_the_remedy(
+    hub: Hub, export: Export, fault: Callable[[_Answer], bool]
+) -> None:
+    """That it comes to an end is the fact: without limits of time, two of these would not."""
+    hub.files = {"config.json": b"{}", "model.safetensors": WEIGHTS}
+    hub.fault = fault
+    done = export()
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: owner/name could not be fetched from the Hugging Face hub (")
+    assert line.endswith(": check name and network, or give the path of a downloaded folder")
+
+
+@pytest.mark.parametrize("files", [{}, {"config.json": b"{}"}], ids=["empty", "config alone"])
+def test_a_repository_without_weights_is_named(hub: Hub, export: Export, files: dict[str, bytes]) -> None:
+    hub.files = files
+    done = export()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "owner/name has no model.safetensors on the hub" in done.stderr

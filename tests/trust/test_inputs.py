@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gptedge_runtime import GPT, GptEdgeError, InputError
+from gptedge_runtime import GPT, Classifier, GptEdgeError, InputError, load
+from gptedge_runtime.bundle import ClassifierSpec
+from gptedge_runtime.evaluate import evaluate
+from gptedge_runtime.session import Session
 
 BIN = Path(sys.executable).parent
 INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
+TOO_LONG = pytest.param(-(10**5000), id="too long to print")
 OTHERS = ["f2", "f4", "f8", "g", "c8", "c16", "?", "S3", "U3", "V4", "M8[s]", "m8[s]", "O"]
 
 
@@ -51,7 +56,9 @@ def test_a_shape_that_is_no_prompt_is_refused(tiny: GPT, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-@pytest.mark.parametrize("wrong", [-1, 270, 2**31, -(2**63), 2**64, 0.0, None, "1", True, [1], {}, b"1", np.nan])
+@pytest.mark.parametrize(
+    "wrong", [-1, 270, 2**31, -(2**63), 2**64, TOO_LONG, 0.0, None, "1", True, [1], {}, b"1", np.nan]
+)
 def test_one_wrong_id_anywhere_is_named(tiny: GPT, position: int, wrong: Any) -> None:
     ids: list[Any] = [1, 2, 3]
     ids[position] = wrong
@@ -104,6 +111,52 @@ def test_a_prompt_that_is_no_text_is_refused(tiny: GPT, value: Any) -> None:
         tiny.generate(value)
 
 
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that cannot run. On a GPU nothing behind it looks at ids: it would read memory beside the table."""
+    for name in ("bind", "forward", "new_cache", "run", "run_long"):
+        monkeypatch.delattr(Session, name)
+
+
+ID_ENTRIES: dict[str, Callable[[GPT, Any], object]] = {
+    "generate_ids": lambda gpt, ids: gpt.generate_ids(ids, max_new_tokens=1),
+    "generate_ids, a batch": lambda gpt, ids: gpt.generate_ids([[1, 2], ids], max_new_tokens=1),
+    "logits": lambda gpt, ids: gpt.logits(ids),
+    "logits, a batch": lambda gpt, ids: gpt.logits([ids, ids]),
+}
+TEXT_ENTRIES: dict[str, Callable[[GPT, Any], object]] = {
+    "generate": lambda gpt, text: gpt.generate(text, max_new_tokens=1),
+    "stream": lambda gpt, text: gpt.stream(text, max_new_tokens=1),
+    "a row of a batch": lambda gpt, text: gpt.request(text, max_new_tokens=1, stop=None, on_overflow="slide"),
+    "evaluate": evaluate,
+    "classify": lambda gpt, text: Classifier(gpt.tokenizer, gpt._session, ClassifierSpec(("a",), 0, 0)).classify(text),
+}
+
+
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("ids", [[-1], [270], [2**63], [1, 2, -(2**63)], []], ids=str)
+@pytest.mark.parametrize("entry", ID_ENTRIES.values(), ids=ID_ENTRIES.keys())
+def test_wrong_ids_are_refused_before_any_device_sees_them(tiny: GPT, entry: Callable[..., object], ids: Any) -> None:
+    with pytest.raises(InputError):
+        entry(tiny, ids)
+
+
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("text", ["", None, b"a", 1, ["a"]], ids=str)
+@pytest.mark.parametrize("entry", TEXT_ENTRIES.values(), ids=TEXT_ENTRIES.keys())
+def test_wrong_texts_are_refused_before_any_device_sees_them(
+    tiny: GPT, entry: Callable[..., object], text: Any
+) -> None:
+    with pytest.raises(InputError):
+        entry(tiny, text)
+
+
+@pytest.mark.parametrize("option", ["threads", "timeout_s"])
+def test_a_number_too_long_to_print_is_refused(bundles: Path, option: str) -> None:
+    with pytest.raises(InputError, match=f"{option} is a number of thousands of digits"):
+        load(bundles / "tiny", **{option: -(10**5000)})
+
+
 def generated(bundles: Path, stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     command: list[str | Path] = [BIN / "gptedge", "generate", bundles / "tiny", "-n", "5", *arguments]
     return subprocess.run(command, input=stdin, capture_output=True, check=False)
@@ -132,7 +185,7 @@ def test_an_argument_that_is_not_utf_8_is_refused(bundles: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "stop", "on_overflow", "sampling", "should_stop"])
-@pytest.mark.parametrize("value", [-1, 1.5, "", b"", [], {}, object(), float("nan"), 10**30 - 1j])
+@pytest.mark.parametrize("value", [-1, 1.5, "", b"", [], {}, object(), float("nan"), 10**30 - 1j, TOO_LONG])
 def test_an_option_of_any_type_is_used_or_refused(tiny: GPT, name: str, value: Any) -> None:
     with pytest.raises(GptEdgeError):
         tiny.generate("hello", **{name: value})
