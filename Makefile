@@ -39,7 +39,7 @@ cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, wi
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	build/cuda-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cuda]" pytest pytest-timeout hypothesis
 	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
-	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/cuda tests/runtime/test_provider.py
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/gpu tests/runtime/test_provider.py
 
 examples-test: install  ## the bundle in Node, a browser, C and other runtimes
 	tests/examples/setup.sh $(BIN)/python

@@ -1,6 +1,6 @@
 """Write the bundles that tests/runtime reads, and what the eager model says about them: make_bundles.py FOLDER.
 
-With --cuda instead FOLDER/fp32 and FOLDER/fp16, the model of FOLDER/tiny with the graph for GPUs, for tests/cuda.
+With --cuda instead FOLDER/fp32 and FOLDER/fp16, the model of FOLDER/tiny with the graph for GPUs, for tests/gpu.
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at

@@ -287,8 +287,7 @@ def main() -> None:
 def _tell_device(gpt: GPT) -> None:
     """Say on stderr what runs where there was a choice: where the user has installed what could use a GPU."""
     if offers_cuda():
-        reason = why_not_cuda() or "the bundle has no graph for it"
-        note = "" if gpt.provider == "cuda" else f", not on cuda: {reason}"
+        note = "" if gpt.provider == "cuda" else f", not on cuda: {gpt.why_not_cuda or why_not_cuda()}"
         click.echo(f"note: runs on {gpt.provider}{note}", err=True)
 
 

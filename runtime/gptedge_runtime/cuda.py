@@ -1,7 +1,8 @@
 """decode_cuda.onnx on a GPU: caches, ids and logits stay in its memory, and a step gives back one id for each row."""
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from .session import (
     compare_graphs,
     decode_contract,
     open_graph,
-    out_of_memory,
+    run_error,
     run_options,
 )
 
@@ -50,6 +51,16 @@ def contract(bundle: Bundle) -> GraphSpec:
     return replace(plain, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
+@contextlib.contextmanager
+def quiet(ort: Any) -> Iterator[None]:
+    """Keep onnxruntime's own log off stderr while it reaches for a GPU: what is wrong is told in one line of ours."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # as it is by default
+
+
 class CudaSession(Session):
     """A session whose arrays are on the GPU.
 
@@ -60,6 +71,7 @@ class CudaSession(Session):
 
     graph = GRAPH
     holds_batches = False
+    places_are_positions = True
 
     def __init__(
         self,
@@ -87,7 +99,8 @@ class CudaSession(Session):
             "arena_extend_strategy": "kSameAsRequested",
             "enable_cuda_graph": str(int(self.capture)),
         }
-        session = open_graph(bundle, bundle.graphs[GRAPH], threads, [(CUDA, options), "CPUExecutionProvider"])
+        with quiet(self._ort):
+            session = open_graph(bundle, bundle.graphs[GRAPH], threads, [(CUDA, options), "CPUExecutionProvider"])
         if (active := session.get_providers()[0]) != CUDA:
             raise ProviderError(f"provider cuda: onnxruntime opened the bundle on {active}: see nvidia-smi for memory")
         return session
@@ -147,7 +160,7 @@ class CudaSession(Session):
         try:
             value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
         except Exception as error:  # onnxruntime's own share no other base class
-            raise out_of_memory() from error
+            raise run_error(error, f"the graph {GRAPH}") from error
         return DeviceArray(value, array.shape, array.dtype, value.data_ptr())
 
     def _bind_input(self, binding: Any, name: str, array: "DeviceArray") -> None:

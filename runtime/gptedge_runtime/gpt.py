@@ -48,12 +48,13 @@ def load(
 class GPT:
     """Made by :func:`load`; close it, or use it in a ``with`` statement.
 
-    ``config`` holds the sizes, ``provider`` the device in use, ``tokenizer`` has ``encode`` and ``decode``.
+    ``config`` holds the sizes, ``provider`` the device in use, ``why_not_cuda`` why ``auto`` left a GPU aside,
+    ``tokenizer`` has ``encode`` and ``decode``.
     """
 
     def __init__(self, tokenizer: Tokenizer, session: Session, prompt_template: str | None = None) -> None:
         self.config: ModelConfig = session.model
-        self.provider = session.provider
+        self.provider, self.why_not_cuda = session.provider, session.why_not_cuda
         self.tokenizer = tokenizer
         self._prompt_template = prompt_template
         self._open_session: Session | None = session

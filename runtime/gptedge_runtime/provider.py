@@ -13,7 +13,7 @@ import numpy as np
 
 from . import cuda
 from .bundle import Bundle
-from .errors import ProviderError
+from .errors import OutOfMemoryError, ProviderError
 from .session import Session, import_onnxruntime
 
 _INSTALL = 'pip install "gptedge[cuda]"'
@@ -53,15 +53,23 @@ def choose_provider(name: str) -> str:
 
 
 def open_session(bundle: Bundle, *, provider: str, device: str, threads: int, timeout_s: float | None) -> Session:
-    """Open a bundle on the ``device`` that was chosen for ``provider``; ``auto`` is the CPU where the bundle needs it.
+    """Open a bundle on the ``device`` that was chosen for ``provider``; ``auto`` takes the CPU where CUDA fails.
 
-    Raises :class:`ProviderError` where CUDA was asked for and is not what runs.
+    Raises :class:`ProviderError` where CUDA was asked for and the bundle has no graph for it, or is not what runs.
     """
-    if device == "cpu" or (provider == "auto" and cuda.GRAPH not in bundle.graphs):
-        return Session(bundle, provider="cpu", threads=threads, timeout_s=timeout_s)
-    if cuda.GRAPH not in bundle.graphs:
-        raise ProviderError("provider cuda: the bundle has no graph for it: export it with --cuda, or choose cpu")
-    return cuda.CudaSession(bundle, threads=threads, timeout_s=timeout_s)
+    reason = None
+    if device == "cuda":
+        try:
+            if cuda.GRAPH in bundle.graphs:
+                return cuda.CudaSession(bundle, threads=threads, timeout_s=timeout_s)
+            raise ProviderError("provider cuda: the bundle has no graph for it: export it with --cuda, or choose cpu")
+        except (ProviderError, OutOfMemoryError) as error:
+            if provider == "cuda":
+                raise
+            reason = str(error).removeprefix("provider cuda: ")
+    session = Session(bundle, provider="cpu", threads=threads, timeout_s=timeout_s)
+    session.why_not_cuda = reason
+    return session
 
 
 def why_not_cuda() -> str | None:
@@ -73,7 +81,8 @@ def why_not_cuda() -> str | None:
         return f"the onnxruntime that is installed has no CUDA: {_REINSTALL}"
     _preload(ort)
     try:
-        _reach_device(ort)
+        with cuda.quiet(ort):
+            ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
     except Exception:  # onnxruntime's own share no other base class, and its text is one of C++
         return _missing(ort)
     return None
@@ -101,15 +110,6 @@ def _preload(ort: Any) -> None:
     """Load NVIDIA's libraries from the packages of this Python, where they are; what is missing shows later."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
         ort.preload_dlls()
-
-
-def _reach_device(ort: Any) -> None:
-    """Take a few bytes of the GPU's memory; onnxruntime's log on stderr would only repeat what is raised."""
-    ort.set_default_logger_severity(4)
-    try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
-    finally:
-        ort.set_default_logger_severity(2)
 
 
 def _missing(ort: Any) -> str:

@@ -39,6 +39,10 @@ class Session:
     graph = "decode"
     holds_batches = True
     """Whether greedy rows of a batch get the ids that they get alone."""
+    places_are_positions = False
+    """Whether the graph keeps a token in the cache at its position, and not behind the tokens before it."""
+    why_not_cuda: str | None = None
+    """Why ``auto`` took the CPU for this bundle where there is a GPU."""
 
     def __init__(
         self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None, exact: bool = False
@@ -67,7 +71,7 @@ class Session:
         try:
             return [np.zeros(shape, self.cache_dtype) for _ in self.cache_names]
         except MemoryError as error:
-            raise out_of_memory() from error
+            raise _out_of_memory() from error
 
     def forward(self, ids: Ids) -> Logits:
         """Return logits float32 (B, T, V) of all positions of ids int64 (B, T)."""
@@ -76,7 +80,7 @@ class Session:
         try:
             logits = np.empty((batch, length, self.model.n_outputs), np.float32)
         except MemoryError as error:
-            raise out_of_memory() from error
+            raise _out_of_memory() from error
         for part in split_rows([length] * batch):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
@@ -120,7 +124,8 @@ class Session:
         """Run the last token at the last position: smaller tables than the manifest says show now, not in use."""
         feeds = prefill_feeds(np.array([[self.model.vocab_size - 1]]), np.array([1]), np.array([[0]]))
         feeds["position_ids"][:] = self.model.context_length - 1
-        key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.n_outputs), np.float32)
+        key_values = self.new_key_values(1, self.model.context_length if self.places_are_positions else 1)
+        logits = np.empty((1, 1, self.model.n_outputs), np.float32)
         try:
             self.run_long(self.bind(feeds, key_values, logits), until(self.timeout_s, never))
         except BundleError as error:
@@ -308,7 +313,7 @@ def run_options(ort: Any) -> Any:
 def run_error(error: Exception, graph: str) -> GptEdgeError:
     """Return what to say about an exception of onnxruntime; its own text may hold paths and many lines."""
     if _is_about_memory(error):
-        return out_of_memory()
+        return _out_of_memory()
     return BundleError(f"onnxruntime cannot run {graph} ({type(error).__name__}): export the bundle again")
 
 
@@ -319,8 +324,7 @@ def _is_about_memory(error: Exception) -> bool:
     )
 
 
-def out_of_memory() -> OutOfMemoryError:
-    """Return what to say where memory is refused."""
+def _out_of_memory() -> OutOfMemoryError:
     return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
 
 
@@ -348,7 +352,7 @@ def open_graph(
         session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):
-            raise out_of_memory() from error
+            raise _out_of_memory() from error
         cause = type(error).__name__
         raise BundleError(
             f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"

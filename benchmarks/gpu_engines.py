@@ -1,4 +1,4 @@
-"""What benchmarks/cuda.py compares: each engine reads prompts and continues them, one id for each row and step."""
+"""What benchmarks/gpu.py compares: each engine reads prompts and continues them, one id for each row and step."""
 
 import copy
 import json
@@ -119,6 +119,7 @@ class TorchCompiled:
         shape = (config.n_layers, 2, len(rows), config.n_heads, capacity, config.head_dim)
         if not hasattr(self, "cache") or self.cache.shape != shape:
             self.cache = torch.zeros(shape, device=self.device, dtype=self.dtype)
+            torch._dynamo.mark_static_address(self.cache)  # a CUDA graph may write into it
         self.place = torch.zeros(1, dtype=torch.int64, device=self.device)
         with torch.inference_mode():
             ids = torch.tensor(rows, device=self.device)

@@ -1,9 +1,9 @@
-"""gptedge and its peers on a GPU: cuda.py WORK --output FOLDER [--batches 1,8,32,128] [--precisions fp16,fp32].
+"""gptedge and its peers on a GPU: gpu.py WORK --output FOLDER [--batches 1,8,32,128] [--precisions fp16,fp32].
 
 The model has the sizes of GPT-2 124M and random weights of a fixed seed; WORK keeps its bundles for the next run. All
-engines run in this process, in turns A B C A B C; medians with the least and the most go into FOLDER/cuda.md and
-cuda.json. Nothing is installed, and an engine that cannot run is listed with its reason. ``--device cpu --layers 2``
-tries the program where there is no GPU; its figures mean nothing.
+engines run in this process, in turns A B C A B C; medians with the least and the most go into FOLDER/gpu.md and
+gpu.json. Nothing is installed, and an engine that cannot run is listed with its reason. ``--device cpu --tiny`` tries
+the program where there is no GPU; its figures mean nothing.
 """
 
 import argparse
@@ -12,20 +12,21 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnxruntime
 import torch
-from cuda_engines import ENGINES, Engine, random_rows
 from gptedge_export import export_bundle
 from gptedge_export.hugging_face import export_hugging_face
 from gptedge_export.vocabulary import Vocabulary
 from gptedge_models import CONFIGS, GPTConfig, GPTModel
 from gptedge_runtime.provider import why_not_cuda
+from gpu_engines import ENGINES, Engine, random_rows
 
 SEED = 123
+TINY = GPTConfig(vocab_size=300, context_length=128, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0)
 WARM_UP_STEPS = 5  # in which engines compile, capture and take memory
 BASE = "torch eager"
 BYTES = {"fp32": 4, "fp16": 2}
@@ -192,13 +193,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--batches", type=whole_numbers, default=[1, 8, 32, 128])
+    parser.add_argument("--batches", type=whole_numbers, default=[1, 8, 32, 128], help="rows at a time")
     parser.add_argument("--precisions", type=lambda text: text.split(","), default=["fp16", "fp32"])
     parser.add_argument("--only", type=lambda text: text.split(";"), default=[*ENGINES], help="names between ;")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--tiny", action="store_true", help="a model to try the program with")
     return parser.parse_args(arguments)
 
 
@@ -211,13 +212,13 @@ def main() -> None:
     if args.device == "cuda" and (obstacle := why_not_cuda()):
         raise SystemExit(f"error: {obstacle}")
     torch.backends.cuda.matmul.allow_tf32 = False
-    config = replace(CONFIGS["gpt2-small"], n_layers=args.layers)
+    config = TINY if args.tiny else CONFIGS["gpt2-small"]
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)
     series = measure(args, write_model(args.work, config, args.precisions))
-    (args.output / "cuda.json").write_text(json.dumps([asdict(one) for one in series], indent=1) + "\n", "utf-8")
+    (args.output / "gpu.json").write_text(json.dumps([asdict(one) for one in series], indent=1) + "\n", "utf-8")
     text = "\n".join(report(series, config, args)) + "\n"
-    (args.output / "cuda.md").write_text(text, "utf-8")
+    (args.output / "gpu.md").write_text(text, "utf-8")
     print(text)
 
 

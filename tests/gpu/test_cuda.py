@@ -19,7 +19,7 @@ from gptedge_runtime import GPT, BundleError, InputError, ProviderError, Samplin
 from gptedge_runtime.bundle import open_bundle
 from gptedge_runtime.cuda import CUDA, FP16_ERROR, CudaSession
 from gptedge_runtime.limits import never
-from gptedge_runtime.provider import open_session
+from gptedge_runtime.provider import open_session, why_not_cuda
 from gptedge_runtime.session import Session
 from gptedge_runtime.tokenizer import load_tokenizer
 from gptedge_runtime.verify import verify
@@ -42,6 +42,8 @@ SHAPES_ONLY = {
     "Range",
 }
 """Operators that ONNX Runtime may compute on the CPU, since they make up shapes."""
+
+without_gpu = pytest.mark.skipif(why_not_cuda() is None, reason="there is a GPU")
 
 WRONG_IDS = [[-1], [270], [1, 2**31], [[1, 2], [3, -1]], []]
 
@@ -186,6 +188,28 @@ def test_a_bundle_without_the_graph_says_how_to_get_it(bundles: Path) -> None:
 def test_auto_runs_a_bundle_without_the_graph_on_the_cpu(bundles: Path) -> None:
     session = open_session(open_bundle(bundles / "tiny"), provider="auto", device="cuda", threads=1, timeout_s=None)
     assert (type(session), session.provider) == (Session, "cpu")
+    assert session.why_not_cuda == "the bundle has no graph for it: export it with --cuda, or choose cpu"
+
+
+@without_gpu
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_session_that_onnxruntime_opens_elsewhere_is_refused(
+    cuda_bundles: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = open_bundle(cuda_bundles / "fp32")
+    with pytest.raises(ProviderError, match="provider cuda: onnxruntime opened the bundle on CPUExecutionProvider"):
+        open_session(bundle, provider="cuda", device="cuda", threads=1, timeout_s=None)
+    assert capfd.readouterr() == ("", "")
+
+
+@without_gpu
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_auto_takes_the_cpu_where_the_session_does_not_open_on_the_gpu(cuda_bundles: Path) -> None:
+    bundle = open_bundle(cuda_bundles / "fp32")
+    session = open_session(bundle, provider="auto", device="cuda", threads=1, timeout_s=None)
+    assert (type(session), session.provider) == (Session, "cpu")
+    assert session.why_not_cuda is not None
+    assert "CPUExecutionProvider" in session.why_not_cuda
 
 
 @pytest.mark.cuda
