@@ -26,7 +26,8 @@ from .session import Session, cache_width
 
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1 + 4 / 64, "int4": 1 / 2 + 4 / 64}
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1 + 4 / 128, "int4": 1 / 2 + 4 / 128}
+_CACHE_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 1}
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
     tables, of which a step reads one line each, and norms and biases, which are under 0.1 %.
     """
     weights = model.n_layers * 12 * model.emb_dim**2 + model.emb_dim * model.n_outputs
-    cached = 2 * model.n_layers * model.n_heads * cache_width(model) * 4
+    cached = 2 * model.n_layers * model.n_heads * cache_width(model) * _CACHE_BYTES[precision]
     return (weights * _WEIGHT_BYTES[precision] + batch * length * cached) / 1e6
 
 

@@ -52,6 +52,29 @@ def test_a_long_run_that_nobody_stops_has_a_result(tiny: GPT) -> None:
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_prompt_read_in_chunks_leaves_the_logits_of_one_read_at_once(
+    bundles: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within what roundings to 8 bits turn: 2 % of the largest logit were seen, 5 % are the bound at export."""
+    ids, logits = [[7 * i % 250 for i in range(30)]], []
+    with load(bundles / name) as gpt:
+        for size in (30, 8):
+            monkeypatch.setattr("gptedge_runtime.session.CHUNK_TOKENS", size)
+            cache = gpt._session.new_cache(1, 32)
+            cache.prefill(ids, lambda: False)
+            assert cache.length == 30
+            logits.append(cache.logits.copy())
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=0.05 * float(np.abs(logits[0]).max()))
+
+
+@pytest.mark.parametrize("name", ["tiny", "int8"])
+def test_keys_and_values_have_the_bits_of_the_precision(bundles: Path, name: str) -> None:
+    with load(bundles / name) as gpt:
+        cache = gpt._session.new_key_values(2, 8)
+        assert {array.itemsize for array in cache} == {1 if name == "int8" else 4}
+
+
 @pytest.mark.parametrize(
     ("lengths", "parts"),
     [
