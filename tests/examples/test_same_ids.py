@@ -1,4 +1,4 @@
-"""One bundle, many hosts: text to ids, greedy ids of single prompts and of a ragged batch, everywhere the same."""
+"""One model at each precision, many hosts: text to ids, greedy ids of single prompts and of a ragged batch."""
 
 import json
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from gptedge_runtime import load
-from gptedge_runtime.bundle import open_bundle
+from gptedge_runtime.bundle import PRECISIONS, open_bundle
 from gptedge_runtime.web import site
 
-from .conftest import HERE, NEW_TOKENS, ROOT, Need, Task, run_host, serving, write_in_page
+from .conftest import HERE, NEW_TOKENS, ROOT, MakeTask, Need, Task, run_host, serving, write_in_page
 
 Answer = dict[str, list[list[int]]]
 
@@ -87,10 +87,15 @@ HOSTS: list[Callable[[Task, pytest.FixtureRequest], Answer]] = [
 ]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
 def test_every_host_gives_the_ids_of_tiktoken_and_of_the_eager_model(
-    task: Task, request: pytest.FixtureRequest, host: Callable[[Task, pytest.FixtureRequest], Answer]
+    make_task: MakeTask,
+    request: pytest.FixtureRequest,
+    host: Callable[[Task, pytest.FixtureRequest], Answer],
+    precision: str,
 ) -> None:
+    task = make_task(precision)
     answer = host(task, request)
     assert answer["encoded"] == task.encoded
     assert answer["single"] == task.new_ids
