@@ -22,7 +22,7 @@ from .companions import companions
 from .errors import ExportError
 from .fuse import fuse
 from .graphs import CUDA_DTYPES, GRAPHS, trace
-from .loop import generate_graph, trace_step
+from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .verify import Check, verify
@@ -141,11 +141,15 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
     if name == "decode_cuda":
         return trace(copy.deepcopy(model).to(CUDA_DTYPES[precision]), name, opset)
     scales = prepared.cache_scales
-    graph = trace_step(model, opset, scales) if name == "generate" else trace(model, name, opset, scales)
+    if name == "generate":
+        graph = generate_graph(trace_step(model, opset, scales), model.config)
+    else:
+        graph = trace(model, name, opset, scales)
     prepared.store(graph)
+    fold_weights(graph)
     if name == "decode" and scales is not None:
         fuse(graph, model.config.emb_dim)
-    return generate_graph(graph, model.config) if name == "generate" else graph
+    return graph
 
 
 def _write_files(

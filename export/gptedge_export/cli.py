@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-import gptedge_models
 from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
+from gptedge_models.checkpoint import locate
 from gptedge_runtime.bundle import PRECISIONS
 from gptedge_runtime.command import run
 
@@ -18,7 +18,7 @@ from .errors import ExportError
 from .hugging_face import export_hugging_face
 from .quality import Quality
 from .template import load_template
-from .vocabulary import Vocabulary, load_vocabulary
+from .vocabulary import Vocabulary, holds_vocabulary, load_vocabulary
 
 _GPT2_VOCAB_SIZES = (50257, 50304)  # the second is filled up to a multiple of 64, which trains faster
 
@@ -128,18 +128,17 @@ def _read_text(file: str) -> str:
 
 def _load(source: str, config: str | None, seed: int, tokenizer: str | None) -> tuple[GPTModel, Vocabulary]:
     try:
-        model = load_checkpoint(source, config=config, seed=seed)
+        path = source if source == "random" else locate(source)
+        model = load_checkpoint(path, config=config, seed=seed)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    return model, load_vocabulary(tokenizer or default_tokenizer(source, model))
+    return model, load_vocabulary(tokenizer or default_tokenizer(Path(path), model))
 
 
-def default_tokenizer(source: str, model: GPTModel) -> str:
-    """The vocabulary that comes with the source, else GPT-2's where the model has its size."""
-    if source == "demo":
-        return str(Path(gptedge_models.__file__).parent / "demo" / "tokenizer.tiktoken")
-    if Path(source).is_dir():
-        return source
+def default_tokenizer(path: Path, model: GPTModel) -> str:
+    """The vocabulary that comes with the checkpoint, else GPT-2's where the model has its size."""
+    if holds_vocabulary(path):
+        return str(path)
     if model.config.vocab_size in _GPT2_VOCAB_SIZES:
         return "gpt2"
     raise ExportError(f"no tokenizer is known for {model.config.vocab_size:,} tokens: give one with --tokenizer")
