@@ -15,7 +15,6 @@ from .session import (
     Ids,
     Logits,
     Session,
-    cache_names,
     cache_width,
     compare_graphs,
     decode_contract,
@@ -40,15 +39,9 @@ _CACHE_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16":
 
 def contract(bundle: Bundle) -> GraphSpec:
     """Return the inputs and outputs that decode_cuda.onnx must have: decode.onnx's, with ids beside the logits."""
-    model, dtype = bundle.model, str(_CACHE_DTYPES.get(bundle.precision))
-    cache = ("batch_size", model.n_heads, "max_sequence_length", cache_width(model))
-    plain = decode_contract(model)
-    inputs = [tensor for tensor in plain.inputs if not tensor.name.startswith("past_key_values.")]
-    outputs = [tensor for tensor in plain.outputs if not tensor.name.startswith("present.")]
-    outputs.append(TensorSpec("best_ids", "int64", ("batch_size", "logit_count")))
-    inputs += [TensorSpec(f"past_key_values.{name}", dtype, cache) for name in cache_names(model)]
-    outputs += [TensorSpec(f"present.{name}", dtype, cache) for name in cache_names(model)]
-    return replace(plain, inputs=tuple(inputs), outputs=tuple(outputs))
+    plain = decode_contract(bundle.model, str(_CACHE_DTYPES.get(bundle.precision)))
+    best_ids = TensorSpec("best_ids", "int64", ("batch_size", "logit_count"))
+    return replace(plain, outputs=(*plain.outputs, best_ids))
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ OpenOn = Callable[[str, str], GPT]
 @pytest.fixture(scope="session")
 def cuda_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds ``fp32`` and ``fp16``, both of the model ``tiny``."""
-    given = Path(os.environ.get("GPTEDGE_TEST_BUNDLES", "")) / "cuda"
-    if given.is_dir():
-        return given
+    given = os.environ.get("GPTEDGE_TEST_BUNDLES")
+    if given and Path(given, "cuda").is_dir():
+        return Path(given, "cuda")
     folder = tmp_path_factory.mktemp("cuda")
     subprocess.run([sys.executable, Path(__file__).parents[1] / "make_bundles.py", folder, "--cuda"], check=True)
     return folder
