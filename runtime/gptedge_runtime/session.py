@@ -307,7 +307,9 @@ def run_options(ort: Any) -> Any:
     """Return the options of one run, by which it can be ended."""
     options = ort.RunOptions()
     options.log_severity_level = _SILENT
-    options.add_run_config_entry("gpu_graph_id", "-1")  # none; onnxruntime asks each time, and takes long over no answer
+    options.add_run_config_entry(
+        "gpu_graph_id", "-1"
+    )  # none; onnxruntime asks each time, and takes long over no answer
     return options
 
 

@@ -139,7 +139,8 @@ def _model_of_clear_choices(prompts: list[list[int]]) -> tuple[GPTModel, list[li
         if torch.equal(logits.argmax(-1), said) and (first - second).min() > MIN_MARGIN * first.max():
             return model, [ids[0, -NEW_TOKENS:].tolist() for ids in texts]
         adam.zero_grad()
-        torch.nn.functional.cross_entropy(logits, said, reduction="sum").backward()
+        loss: torch.Tensor = torch.nn.functional.cross_entropy(logits, said, reduction="sum")
+        torch.autograd.backward(loss)
         adam.step()
     raise AssertionError("choose another seed: this model's choices stay close")
 
