@@ -149,7 +149,7 @@ def test_the_command_batch_gives_what_generate_gives(demo_bundle: Path, tmp_path
 
 
 def test_weights_take_the_bytes_that_the_precision_says(demo_bundle: Path, demo_vocabulary: Vocabulary) -> None:
-    """A head tied to its table is stored once; int4 keeps both at 8 bits. A scale costs 32 / 32 bits a weight or less."""
+    """A head tied to its table is stored once; int4 keeps both at 8 bits. A scale costs a bit a weight at most."""
     model = load_checkpoint("demo")
     table = model.tok_emb.weight.numel()
     layers = sum(weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2) - 2 * table
