@@ -7,8 +7,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 BLOCK_SIZES = (128, 64, 32, 16)
-"""Those of ``MatMulNBits`` that we use. At 128 a float32 scale adds a quarter of a bit to each weight, and decoding is
-a fifth faster than at 64 (docs/performance.md); a small model, which is fast anyway, is the truer for smaller ones."""
+"""Those of ``MatMulNBits`` that we use."""
+
+BLOCK_BYTES = 64
+"""Of a block's integers at most: 64 of 8 bits, 128 of 4. So far the kernel for 8 bits gives a row the same bits
+alone and among others, so that batches and drafts turn no token; for 4 bits it is the fastest (docs/performance.md)."""
 
 _DAMPING = 0.01
 _SCALES = torch.linspace(0.7, 1.1, 17).tolist()
@@ -37,21 +40,23 @@ class Blocks:
         return unsigned if self.bits == 8 else unsigned[..., 0::2] | unsigned[..., 1::2] << 4
 
 
-def block_size(width: int) -> int:
-    """Return how many inputs share a scale: a quarter of them at most, and an eighth of filling."""
-    fitting = (size for size in BLOCK_SIZES if 4 * size <= width and -width % size <= width // 8)
-    return next(fitting, BLOCK_SIZES[-1])
+def block_size(width: int, bits: int) -> int:
+    """Return how many of ``width`` inputs share a scale: a quarter at most, and with an eighth of filling at most."""
+    for size in BLOCK_SIZES:
+        if size * bits <= 8 * BLOCK_BYTES and 4 * size <= width and -width % size <= width // 8:
+            return size
+    return BLOCK_SIZES[-1]
 
 
-def in_blocks(x: Tensor) -> Tensor:
-    """Cut the last axis: (..., K) -> (..., n_blocks, block_size), filled up with zeros."""
-    size = block_size(x.shape[-1])
+def in_blocks(x: Tensor, bits: int) -> Tensor:
+    """Cut the last axis for weights of so many bits: (..., K) -> (..., n_blocks, block_size), filled up with zeros."""
+    size = block_size(x.shape[-1], bits)
     return F.pad(x, (0, -x.shape[-1] % size)).reshape(*x.shape[:-1], -1, size)
 
 
-def round_activations(x: Tensor) -> Tensor:
-    """Return ``x`` (..., K) as ``MatMulNBits`` with accuracy level 4 reads it: 8 bits, a scale for each block."""
-    blocks = in_blocks(x)
+def round_activations(x: Tensor, bits: int) -> Tensor:
+    """Return ``x`` (..., K) as ``MatMulNBits`` of accuracy level 4 reads it: 8 bits, scales for the weights' blocks."""
+    blocks = in_blocks(x, bits)
     largest = blocks.abs().amax(-1, keepdim=True)
     return ((blocks * (127 / _nonzero(largest))).round() * (largest / 127)).flatten(-2)[..., : x.shape[-1]]
 
@@ -63,7 +68,7 @@ def round_cache(x: Tensor, scales: Tensor) -> Tensor:
 
 def round_to_nearest(weight: Tensor, bits: int) -> Blocks:
     """Round float32 (N, K) with the scales that lose least."""
-    blocks = in_blocks(weight)
+    blocks = in_blocks(weight, bits)
     scales = _best_scales(blocks, bits)
     return Blocks(_integers(blocks, scales, bits).to(torch.int8), scales, bits, weight.shape[1])
 
@@ -74,7 +79,7 @@ def round_by_inputs(weight: Tensor, bits: int, moments: Tensor) -> Blocks:
     ``moments`` float64 (K', K') is the sum of x x^T over inputs x that the layer sees, K filled up to whole blocks
     (GPTQ: Frantar et al., 2022, arXiv 2210.17323, with the scale of a block chosen when its turn comes).
     """
-    blocks = in_blocks(weight).clone()  # (N, n_blocks, block_size)
+    blocks = in_blocks(weight, bits).clone()  # (N, n_blocks, block_size)
     size = blocks.shape[2]
     factor = _inverse_root(moments).float()  # (K', K'), upper triangular
     integers, scales = torch.empty_like(blocks), torch.empty_like(blocks[..., :1])

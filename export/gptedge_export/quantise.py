@@ -28,13 +28,16 @@ class Quantised:
     """
 
     model: GPTModel
+    bits: int
+    head_bits: int
     weights: list[Blocks]
     cache_scales: list[Tensor]
 
     @contextlib.contextmanager
     def as_computed(self) -> Iterator[None]:
         """Let the layers of ``model`` round their inputs, too, as the kernels do."""
-        handles = [layer.register_forward_pre_hook(_round_input) for layer in _layers(self.model)]
+        handles = [layer.register_forward_pre_hook(_round_input(self.bits)) for layer in _layers(self.model.trf_blocks)]
+        handles.append(self.model.out_head.register_forward_pre_hook(_round_input(self.head_bits)))
         try:
             yield
         finally:
@@ -50,7 +53,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     rounded blocks before it pass them on, so that it can mend their errors.
     """
     tied = torch.equal(model.tok_emb.weight, model.out_head.weight)
-    rounded = Quantised(copy.deepcopy(model).eval(), [], [])
+    rounded = Quantised(copy.deepcopy(model).eval(), bits, TABLE_BITS if tied else bits, [], [])
     model = rounded.model
     model.out_head.weight = nn.Parameter(model.out_head.weight.clone())  # it may be the table itself
     table = round_to_nearest(model.tok_emb.weight, TABLE_BITS)
@@ -66,8 +69,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
             for layer, scale in zip((att.W_key, att.W_value), scales, strict=True):
                 layer.register_forward_hook(_round_output(scale))
             inputs = [block(x) for x in inputs]
-        head_bits = TABLE_BITS if tied else bits
-        rounded.weights.extend(_round_layers([[model.out_head]], head_bits, inputs, _head(model)))
+        rounded.weights.extend(_round_layers([[model.out_head]], rounded.head_bits, inputs, _head(model)))
     if tied:
         table = rounded.weights[-1]
     rounded.weights.append(table)
@@ -75,16 +77,16 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     return rounded
 
 
-def _round_input(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    return round_activations(*inputs)
+def _round_input(bits: int) -> Any:
+    return lambda _, inputs: round_activations(inputs[0], bits)
 
 
 def _round_output(scales: Tensor) -> Any:
     return lambda _, __, output: round_cache(output, scales)
 
 
-def _layers(model: GPTModel) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+def _layers(blocks: nn.Module) -> list[nn.Linear]:
+    return [module for module in blocks.modules() if isinstance(module, nn.Linear)]
 
 
 def _embed(model: GPTModel, ids: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def _head(model: GPTModel) -> Run:
 
 def _round_layers(groups: list[list[Any]], bits: int, inputs: list[Tensor], run: Run) -> Iterator[Blocks]:
     """Round groups of layers, those of a group having one input; ``run`` passes an input (1, T, D) through them."""
-    moments = _moments([group[0] for group in groups], inputs, run)
+    moments = _moments([group[0] for group in groups], bits, inputs, run)
     for group, moment in zip(groups, moments, strict=True):
         blocks = round_by_inputs(torch.cat([layer.weight for layer in group]), bits, moment)
         for layer, weight in zip(group, blocks.dense().chunk(len(group)), strict=True):
@@ -106,17 +108,17 @@ def _round_layers(groups: list[list[Any]], bits: int, inputs: list[Tensor], run:
         yield blocks
 
 
-def _moments(layers: list[nn.Linear], inputs: list[Tensor], run: Run) -> list[Tensor]:
+def _moments(layers: list[nn.Linear], bits: int, inputs: list[Tensor], run: Run) -> list[Tensor]:
     """Sum of x x^T over all inputs x of each layer, float64 (K', K')."""
     sums = []
 
     def watch(layer: nn.Linear) -> Any:
-        size = in_blocks(layer.weight[:1]).numel()
+        size = in_blocks(layer.weight[:1], bits).numel()
         total = torch.zeros(size, size, dtype=torch.float64)
         sums.append(total)
 
         def add(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = in_blocks(inputs[0]).flatten(-2).flatten(0, 1)  # (T, K')
+            x = in_blocks(inputs[0], bits).flatten(-2).flatten(0, 1)  # (T, K')
             total.add_(x.T @ x)
 
         return layer.register_forward_pre_hook(add)

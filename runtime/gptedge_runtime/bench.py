@@ -26,7 +26,7 @@ from .session import Session, cache_width
 
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1 + 4 / 128, "int4": 1 / 2 + 4 / 128}
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1 + 4 / 64, "int4": 1 / 2 + 4 / 128}
 _CACHE_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 1}
 
 

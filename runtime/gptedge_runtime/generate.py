@@ -76,8 +76,9 @@ def generate(
     """Yield new ids of some rows at a time, ``n_steps[b]`` for row b in all; greedy ids are those that it gets alone.
 
     A batch rounds otherwise than a row alone: a row in which that may turn a choice goes on alone, once the others are
-    done. Where activations are rounded to 8 bits no bound says when, and each row is computed alone. A single greedy
-    row is continued with drafts unless ``speculate`` is false: the same ids from fewer runs. The caller may add rows to
+    done. Where activations are rounded to 8 bits no bound says when: unless a batch gives the same bits there, each row
+    is computed alone. A single greedy row is continued with drafts where they turn no choice, unless ``speculate`` is
+    false: the same ids from fewer runs. The caller may add rows to
     ``given_up``, which run no further. Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for
     logits that are not finite, and ``TimeLimitError`` when the session's time limit is over.
     """
@@ -86,7 +87,8 @@ def generate(
     run = partial(_run, session, sampling, should_stop, speculate)
     alone, n_new = set[int](), [0] * len(prompts)
     try:
-        if len(prompts) > 1 and is_greedy and session.holds_batches and not session.rounds_finely:
+        bits_count = len(prompts) > 1 and is_greedy and session.holds_batches
+        if bits_count and not (session.rounds_finely or session.is_batch_invariant):
             alone.update(range(len(prompts)))
         else:
             for step in run(prompts, n_steps, given_up, alone):
@@ -125,14 +127,14 @@ def _run(
     cache = session.new_cache(len(rows), min(context_length, max(ends)))
     decode: Decode = cache.decode
     is_greedy = sampling is None or sampling.temperature == 0
-    if speculate and is_greedy and len(rows) == 1 and session.rounds_finely:
-        decode = Speculation(cache, rows[0]).decode
+    if speculate and is_greedy and len(rows) == 1 and session.holds_batches:
+        decode = Speculation(session, cache, rows[0]).decode
     running = [b for b, steps in enumerate(n_steps) if steps]
     while running:
         if should_stop():
             raise Stopped
         _read_on(cache, decode, rows, running, context_length, should_stop)
-        if is_greedy and len(rows) > 1 and session.holds_batches:
+        if is_greedy and len(rows) > 1 and session.holds_batches and not session.is_batch_invariant:
             close.update(b for b in running if is_close(cache.logits[b]))
             running = [b for b in running if b not in close]
         step = choose(cache, running, sampling, randoms)

@@ -6,6 +6,7 @@ In the shapes below B is the batch, T the number of tokens and V the vocabulary 
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
+from .invariance import is_batch_invariant
 from .limits import POLL_S, ShouldStop, in_worker, never, until
 
 Ids = NDArray[np.int64]
@@ -60,6 +62,11 @@ class Session:
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
         return open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
+
+    @cached_property
+    def is_batch_invariant(self) -> bool:
+        """Whether a row's logits have the same bits alone, among others and read several at a time: tried out once."""
+        return not self.rounds_finely and self.cache_dtype == "int8" and is_batch_invariant(self)
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""

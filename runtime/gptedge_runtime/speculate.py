@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .limits import ShouldStop, Stopped
-from .session import Cache, Logits
+from .session import Cache, Logits, Session
 
 NGRAM = 4
 SIZES = (8, 16)  # tokens of a step with drafts: the second after a step whose drafts all stayed
@@ -24,7 +24,8 @@ class Speculation:
     it, so that text which does not repeat loses at most ``EARNED`` of its time and one step.
     """
 
-    def __init__(self, cache: Cache, row: list[int]) -> None:
+    def __init__(self, session: Session, cache: Cache, row: list[int]) -> None:
+        self._session = session
         self._cache = cache
         self._row = row  # the caller appends to it
         self._lookup = Lookup(row)
@@ -42,7 +43,7 @@ class Speculation:
                 self._size = SIZES[-1]
         else:
             self._step(next_ids, should_stop)
-        if self._n_exact < len(self._row) and is_close(self._cache.logits[0]):
+        if self._n_exact < len(self._row) and self._session.rounds_finely and is_close(self._cache.logits[0]):
             self._read_again(should_stop)
 
     def _step(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
@@ -50,6 +51,8 @@ class Speculation:
         size = max((size for size in SIZES if size <= min(self._size, room)), default=1)
         self._size = SIZES[0]
         self._drafts = self._lookup.draft(size - 1) if self._credit >= 0 else []
+        if self._drafts and not (self._session.rounds_finely or self._session.is_batch_invariant):
+            self._drafts = []
         self._cache.decode(next_ids, should_stop, self._drafts)
         if self._drafts:
             self._earn(1 - self._cache.cost(size))

@@ -69,10 +69,11 @@ def test_matmul_nbits_reads_the_stored_integers_as_dense_says(bits: int, width: 
 
 
 @pytest.mark.parametrize(
-    ("width", "size"), [(1, 16), (15, 16), (65, 16), (128, 32), (520, 64), (768, 128), (1600, 128), (3072, 128)]
+    ("width", "bits", "size"),
+    [(1, 4, 16), (15, 8, 16), (65, 4, 16), (128, 8, 32), (520, 4, 64), (768, 4, 128), (768, 8, 64), (1600, 4, 128)],
 )
-def test_a_block_is_a_quarter_of_its_row_at_most_and_wastes_little(width: int, size: int) -> None:
-    assert block_size(width) == size
+def test_a_block_is_a_quarter_of_its_row_at_most_and_wastes_little(width: int, bits: int, size: int) -> None:
+    assert block_size(width, bits) == size
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.12)])
