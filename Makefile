@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install bundles wheel-test examples-test release clean
+.PHONY: demo test lint install bundles wheel-test cuda-test examples-test release clean
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
@@ -33,6 +33,13 @@ wheel-test: install bundles  ## the runtime's tests against the built wheel, in 
 	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest pytest-timeout hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime
+
+cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
+	$(PYTHON) -m venv --clear build/cuda-venv
+	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	build/cuda-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cuda]" pytest pytest-timeout hypothesis
+	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/gpu tests/runtime/test_provider.py
 
 examples-test: install  ## the bundle in Node, a browser, C and other runtimes
 	tests/examples/setup.sh $(BIN)/python

@@ -1,5 +1,6 @@
 """Bundles for the tests: from the folder GPTEDGE_TEST_BUNDLES, else written now, which needs PyTorch."""
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, load
+from gptedge_runtime.provider import why_not_cuda
 from numpy.typing import NDArray
 
 Manifest = dict[str, Any]
@@ -21,6 +23,16 @@ Edit = Callable[[Manifest], object]
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and every child inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@functools.cache
+def no_gpu() -> str | None:
+    return why_not_cuda()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and (reason := no_gpu()):
+        pytest.skip(f"not run on a GPU: {reason}")
 
 
 @pytest.fixture(scope="session")

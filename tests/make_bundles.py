@@ -1,5 +1,6 @@
 """Write the bundles that tests/runtime reads, and what the eager model says about them: make_bundles.py FOLDER.
 
+With --cuda instead FOLDER/fp32 and FOLDER/fp16, the model of FOLDER/tiny with the graph for GPUs, for tests/gpu.
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at
@@ -89,5 +90,13 @@ def main(folder: Path) -> None:
     write_oracle(folder / "demo.npz", model, (3, 30), new_tokens=24)
 
 
+def write_cuda(folder: Path) -> None:
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for precision in ("fp32", "fp16"):
+        model, vocabulary = random_model(TINY), tiny_vocabulary()
+        export_bundle(model, folder / precision, vocabulary=vocabulary, precision=precision, cuda=True, force=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (write_cuda if "--cuda" in sys.argv else main)(Path(sys.argv[1]))

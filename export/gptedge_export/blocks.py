@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-BLOCK_SIZE = 64
-"""More lose accuracy, fewer cost bytes: at 64 a float32 scale adds half a bit to each weight."""
+BLOCK_SIZES = (128, 64, 32, 16)
+"""Those of ``MatMulNBits`` that we use. At 128 a float32 scale adds a quarter of a bit to each weight, and decoding is
+a fifth faster than at 64 (docs/performance.md); a small model, which is fast anyway, is the truer for smaller ones."""
 
 _DAMPING = 0.01
 _SCALES = torch.linspace(0.7, 1.1, 17).tolist()
@@ -37,8 +38,9 @@ class Blocks:
 
 
 def block_size(width: int) -> int:
-    """Return how many inputs share a scale: a power of two from 16 (``MatMulNBits``) to ``BLOCK_SIZE``."""
-    return min(BLOCK_SIZE, max(16, 1 << (width - 1).bit_length()))
+    """Return how many inputs share a scale: a quarter of them at most, and an eighth of filling."""
+    fitting = (size for size in BLOCK_SIZES if 4 * size <= width and -width % size <= width // 8)
+    return next(fitting, BLOCK_SIZES[-1])
 
 
 def in_blocks(x: Tensor) -> Tensor:
@@ -52,6 +54,11 @@ def round_activations(x: Tensor) -> Tensor:
     blocks = in_blocks(x)
     largest = blocks.abs().amax(-1, keepdim=True)
     return ((blocks * (127 / _nonzero(largest))).round() * (largest / 127)).flatten(-2)[..., : x.shape[-1]]
+
+
+def round_cache(x: Tensor, scales: Tensor) -> Tensor:
+    """Return keys or values (..., D) as a cache of 8 bits holds them, with a scale for each channel (D,)."""
+    return (x / scales).round().clamp(-128, 127) * scales
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Blocks:

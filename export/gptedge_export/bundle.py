@@ -1,5 +1,6 @@
 """Write a bundle: graphs, weights, tokenizer, companions, proof, and last the manifest that names every file."""
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 from gptedge_models import GPTModel
 from gptedge_runtime.bundle import PRECISIONS
 from tqdm import tqdm
@@ -18,8 +20,9 @@ from .atomic import atomic_folder
 from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
-from .graphs import GRAPHS, trace
-from .loop import generate_graph, trace_step
+from .fuse import fuse
+from .graphs import CUDA_DTYPES, GRAPHS, trace
+from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .verify import Check, verify
@@ -32,7 +35,7 @@ OPSETS = range(18, 24)
 """18 brings LayerNormalization; above 23 the exporter writes what ONNX Runtime 1.23 does not read."""
 
 
-PRODUCERS = ("gptedge", "torch", "onnx", "onnxruntime", "onnxscript", "onnx-ir")
+PRODUCERS = ("gptedge", "torch", "onnx", "onnxscript", "onnx-ir")
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,16 @@ def export_bundle(
     progress: bool = False,
     template: str | None = None,
     classifier: Classifier | None = None,
+    cuda: bool = False,
 ) -> Report:
     """Export ``model`` as the bundle ``out``, verified against the model, and put it in place in one step.
 
     ``precision`` is one of fp32, fp16, int8 and int4. ``calibration`` is a text as the model knows it: rounding is
     fitted to one half of it and judged on the other, in the place of the demo model's stories. ``template``: what an
-    instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. The same model,
-    vocabulary and versions give the same bytes. Raises :class:`ExportError` where the arguments do not fit or ``out``
-    cannot be written, and ``ParityError``, with ``out`` untouched, where a graph does not agree.
+    instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. ``cuda`` adds the
+    graph that the runtime uses on a GPU, for fp32 and fp16. The same model, vocabulary and versions give the same
+    bytes. Raises :class:`ExportError` where the arguments do not fit or ``out`` cannot be written, and
+    ``ParityError``, with ``out`` untouched, where a graph does not agree.
     """
     out = Path(out)
     if opset not in OPSETS:
@@ -93,6 +98,8 @@ def export_bundle(
         )
     if is_classifier(model) and precision != "fp32":
         raise ExportError(f"the model is a classifier, which has no precision {precision}: take fp32")
+    if cuda and precision not in CUDA_DTYPES:
+        raise ExportError(f"precision {precision} has no graph for CUDA: take fp16 or fp32, or leave --cuda out")
     if vocabulary.size > model.config.vocab_size:
         raise ExportError(
             f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "
@@ -103,7 +110,8 @@ def export_bundle(
     with atomic_folder(out, replace=force) as folder:
         texts, held_out = ([], []) if precision == "fp32" else sample_texts(vocabulary, model.config, calibration)
         prepared = prepare(model, precision, texts, progress=progress)
-        graphs = _write_graphs(prepared, folder, opset, progress)
+        wanted = [name for name in GRAPHS if cuda or name != "decode_cuda"]
+        graphs = _write_graphs(prepared, folder, wanted, precision, opset, progress)
         with prepared.as_computed():
             checks = verify(prepared.model, folder, precision=precision, progress=progress)
         answers = known_answers(prepared, precision)
@@ -117,20 +125,31 @@ def export_bundle(
     return report
 
 
-def _write_graphs(prepared: Prepared, folder: Path, opset: int, progress: bool) -> dict[str, ir.Model]:
+def _write_graphs(
+    prepared: Prepared, folder: Path, wanted: list[str], precision: str, opset: int, progress: bool
+) -> dict[str, ir.Model]:
     (folder / "onnx").mkdir()
-    wanted = [*GRAPHS] if is_classifier(prepared.model) else [*GRAPHS, "generate"]
+    wanted = wanted if is_classifier(prepared.model) else [*wanted, "generate"]
     names = tqdm(wanted, desc="export", unit=" graphs", disable=not progress, leave=False)
-    graphs = {name: _make_graph(prepared, name, opset) for name in names}
+    graphs = {name: _make_graph(prepared, name, precision, opset) for name in names}
     weights.save(graphs, folder / "onnx")
     return graphs
 
 
-def _make_graph(prepared: Prepared, name: str, opset: int) -> ir.Model:
+def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir.Model:
     model = prepared.model
-    graph = trace_step(model, opset) if name == "generate" else trace(model, name, opset)
+    if name == "decode_cuda":
+        return trace(copy.deepcopy(model).to(CUDA_DTYPES[precision]), name, opset)
+    scales = prepared.cache_scales
+    if name == "generate":
+        graph = generate_graph(trace_step(model, opset, scales), model.config)
+    else:
+        graph = trace(model, name, opset, scales)
     prepared.store(graph)
-    return generate_graph(graph, model.config) if name == "generate" else graph
+    fold_weights(graph)
+    if name == "decode" and scales is not None:
+        fuse(graph, model.config.emb_dim)
+    return graph
 
 
 def _write_files(
@@ -143,7 +162,7 @@ def _write_files(
     documents["known_answers.json"] = answers
     documents["export_report.json"] = {
         "precision": report.precision,
-        "versions": {name: version(name) for name in PRODUCERS},
+        "versions": {name: version(name) for name in PRODUCERS} | {"onnxruntime": onnxruntime.__version__},
         "size_bytes": {path.name: path.stat().st_size for path in sorted((folder / "onnx").iterdir())},
         "worst": report.worst.to_dict(),
         "top1_agreement": report.top1_agreement,

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-import gptedge_models
 from gptedge_models import CONFIGS, CheckpointError, GPTModel, load_checkpoint
+from gptedge_models.checkpoint import locate
 from gptedge_runtime.bundle import PRECISIONS
 from gptedge_runtime.command import run
 
@@ -18,7 +18,7 @@ from .errors import ExportError
 from .hugging_face import export_hugging_face
 from .quality import Quality
 from .template import load_template
-from .vocabulary import Vocabulary, load_vocabulary
+from .vocabulary import Vocabulary, holds_vocabulary, load_vocabulary
 
 _GPT2_VOCAB_SIZES = (50257, 50304)  # the second is filled up to a multiple of 64, which trains faster
 
@@ -43,6 +43,7 @@ Examples:
     "--calibration", metavar="FILE", help="A text as the model knows it: int8 and int4 are fitted to half of it."
 )
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
+@click.option("--cuda", is_flag=True, help="Add the graph for NVIDIA GPUs, fp32 or fp16: gptedge's --provider cuda.")
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
 @click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
 @click.option("--labels", metavar="A,B,...", help="For a classifier: the names of its classes, in their order.")
@@ -60,6 +61,7 @@ def command(
     precision: str,
     calibration: str | None,
     opset: int,
+    cuda: bool,
     tokenizer: str | None,
     template: str | None,
     labels: str | None,
@@ -88,6 +90,7 @@ def command(
         progress=sys.stderr.isatty() and not quiet,
         template=frame,
         classifier=describe_classifier(model, vocabulary, labels=labels, max_length=max_length),
+        cuda=cuda,
     )
     if as_json:
         click.echo(json.dumps(_summary(report, time.perf_counter() - started)))
@@ -125,18 +128,17 @@ def _read_text(file: str) -> str:
 
 def _load(source: str, config: str | None, seed: int, tokenizer: str | None) -> tuple[GPTModel, Vocabulary]:
     try:
-        model = load_checkpoint(source, config=config, seed=seed)
+        path = source if source == "random" else locate(source)
+        model = load_checkpoint(path, config=config, seed=seed)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    return model, load_vocabulary(tokenizer or default_tokenizer(source, model))
+    return model, load_vocabulary(tokenizer or default_tokenizer(Path(path), model))
 
 
-def default_tokenizer(source: str, model: GPTModel) -> str:
-    """The vocabulary that comes with the source, else GPT-2's where the model has its size."""
-    if source == "demo":
-        return str(Path(gptedge_models.__file__).parent / "demo" / "tokenizer.tiktoken")
-    if Path(source).is_dir():
-        return source
+def default_tokenizer(path: Path, model: GPTModel) -> str:
+    """The vocabulary that comes with the checkpoint, else GPT-2's where the model has its size."""
+    if holds_vocabulary(path):
+        return str(path)
     if model.config.vocab_size in _GPT2_VOCAB_SIZES:
         return "gpt2"
     raise ExportError(f"no tokenizer is known for {model.config.vocab_size:,} tokens: give one with --tokenizer")

@@ -19,6 +19,8 @@ from gptedge_models import GPTConfig, GPTModel
 from gptedge_models.gpt import LayerNorm
 from torch import Tensor, nn
 
+from .blocks import round_cache
+
 Attend = Callable[[int, Tensor], Tensor]
 """Layer number and packed query, key, value (B*S, 3D) -> context (B*S, D)."""
 
@@ -65,11 +67,15 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Everything of a GPT but the attention; it holds the model's own tensors, and no dropout."""
+    """Everything of a GPT but the attention; it holds the model's own tensors, and no dropout.
 
-    def __init__(self, model: GPTModel) -> None:
+    With ``cache_scales``, float32 (2D,) for each layer, its keys and values have 8 bits.
+    """
+
+    def __init__(self, model: GPTModel, cache_scales: Sequence[Tensor] | None = None) -> None:
         super().__init__()
         self.config = model.config
+        self.cache_scales = None if cache_scales is None else nn.ParameterList(cache_scales)
         self.tok_emb, self.pos_emb = model.tok_emb, model.pos_emb
         self.blocks = nn.ModuleList(Block(block) for block in model.trf_blocks)
         self.final_norm = Norm(model.final_norm)
@@ -83,6 +89,13 @@ class Stack(nn.Module):
             x = block(x, layer, attend)
         return x
 
+    def split(self, layer: int, qkv: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """Packed query, key, value (B*S, 3D) -> each of them (B, n_heads, S, head_dim)."""
+        q, kv = qkv.tensor_split((self.config.emb_dim,), dim=-1)
+        if self.cache_scales is not None:
+            kv = round_cache(kv, self.cache_scales[layer])
+        return (heads(x, self.config, batch_size) for x in (q, *kv.chunk(2, dim=-1)))
+
     def logits(self, x: Tensor, batch_size: int) -> Tensor:
         """(B*S, D) -> (B, S, V); a classifier has its classes where V stands."""
         logits: Tensor = self.out_head(self.final_norm(x))  # (B*S, V)
@@ -92,6 +105,11 @@ class Stack(nn.Module):
 def heads(x: Tensor, config: GPTConfig, batch_size: int) -> Tensor:
     """(B*S, D) -> (B, n_heads, S, head_dim)."""
     return x.view(batch_size, -1, config.n_heads, config.head_dim).transpose(1, 2)
+
+
+def widen(x: Tensor, width: int) -> Tensor:
+    """Fill the last axis up with zeros."""
+    return F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -115,7 +133,7 @@ class Forward(Stack):
         bias = additive(positions[:, None] >= positions)  # (S, S)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = (heads(x, self.config, batch_size) for x in qkv.chunk(3, dim=-1))
+            q, k, v = self.split(layer, qkv, batch_size)
             return attention(q, k, v, bias)
 
         return self.logits(self.hidden(input_ids, positions, attend), batch_size)
@@ -136,7 +154,7 @@ class Growing(Stack):
         present: list[tuple[Tensor, Tensor]] = []
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = (heads(x, self.config, batch_size) for x in qkv.chunk(3, dim=-1))
+            q, k, v = self.split(layer, qkv, batch_size)
             k, v = torch.cat((past[layer][0], k), dim=2), torch.cat((past[layer][1], v), dim=2)
             present.append((k, v))
             return attention(q, k, v, bias)
@@ -167,17 +185,38 @@ class Decode(Stack):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         batch_size, length = input_ids.shape
-        n_heads, head_dim, width = self.config.n_heads, self.config.head_dim, cache_width("decode", self.config)
         present: list[tuple[Tensor, Tensor]] = []
+        attend = self.attend_in_place(batch_size, seqlens_k, total_sequence_length, past, present)
+        x = self.hidden(input_ids, position_ids, attend)
+        rows = torch.arange(batch_size)[:, None] * length + logit_positions  # (B, logit_count)
+        return self.logits(x[rows.flatten()], batch_size), present
+
+    def attend_in_place(
+        self,
+        batch_size: int,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        present: list[tuple[Tensor, Tensor]],
+    ) -> Attend:
+        """Attention over buffers (B, n_heads, max_sequence_length, width), which it appends to ``present``."""
+        n_heads, head_dim, width = self.config.n_heads, self.config.head_dim, cache_width("decode", self.config)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            qkv = qkv.view(batch_size, length, 3 * n_heads, head_dim)
-            qkv = F.pad(qkv, (0, width - head_dim)).flatten(2)  # (B, S, 3 * n_heads * width)
+            qkv = qkv.view(batch_size, -1, 3 * n_heads, head_dim)
+            length = qkv.shape[1]
+            qkv = widen(qkv, width).flatten(2)  # (B, S, 3 * n_heads * width)
             k, v = past[layer]
+            inputs = [qkv, None, None, k, v, seqlens_k, total_sequence_length]
+            attributes = {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5}
+            if self.cache_scales is not None:
+                scales = self.cache_scales[layer].view(2, n_heads, head_dim)
+                inputs += [*[None] * 5, *F.pad(scales, (0, width - head_dim), value=1.0).flatten(1)]
+                attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
             context, k, v = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
-                [qkv, None, None, k, v, seqlens_k, total_sequence_length],
-                {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5},
+                inputs,
+                attributes,
                 dtypes=[qkv.dtype, k.dtype, v.dtype],
                 shapes=[(batch_size, length, n_heads * width), k.shape, v.shape],
                 version=1,
@@ -185,15 +224,83 @@ class Decode(Stack):
             present.append((k, v))
             return context.view(-1, n_heads, width)[..., :head_dim].flatten(1)  # (B*S, D)
 
-        x = self.hidden(input_ids, position_ids, attend)
-        rows = torch.arange(batch_size)[:, None] * length + logit_positions  # (B, logit_count)
-        return self.logits(x[rows.flatten()], batch_size), present
+        return attend
+
+
+class DecodeOnCuda(Decode):
+    """``decode_cuda.onnx``: what ``decode.onnx`` computes, as CUDA can, and the most likely ids beside the logits.
+
+    CUDA's GroupQueryAttention takes float16 alone: in float32 standard operators stand in its place.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        logit_positions: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        batch_size, present = input_ids.shape[0], list[tuple[Tensor, Tensor]]()
+        if past[0][0].dtype == torch.float16:
+            attend = self.attend_in_place(batch_size, seqlens_k, total_sequence_length, past, present)
+        else:
+            attend = self.attend_by_standard_operators(batch_size, position_ids, past, present)
+        x = self.hidden(input_ids, position_ids, attend).view(batch_size, -1, self.config.emb_dim)  # (B, S, D)
+        wanted = logit_positions[..., None].expand(-1, -1, self.config.emb_dim)
+        logits = self.out_head(self.final_norm(x.gather(1, wanted).flatten(0, 1))).float()  # (B * logit_count, V)
+        logits = logits.view(*logit_positions.shape, self.out_head.out_features)
+        return logits, best_ids(logits), present
+
+    def attend_by_standard_operators(
+        self,
+        batch_size: int,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        present: list[tuple[Tensor, Tensor]],
+    ) -> Attend:
+        """The same over the whole buffers; a token's place in them is its position."""
+        config, width = self.config, past[0][0].shape[3]
+        places = torch.arange(past[0][0].shape[2])
+        bias = additive(places <= position_ids[:, None, :, None])  # (B, 1, S, max_sequence_length)
+        rows = position_ids[:, None, :, None].expand(-1, config.n_heads, -1, width)  # (B, n_heads, S, width)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, k, v = (
+                widen(heads(x, config, batch_size), width) for x in qkv.chunk(3, dim=-1)
+            )  # (B, n_heads, S, width)
+            k, v = past[layer][0].scatter(2, rows, k), past[layer][1].scatter(2, rows, v)
+            present.append((k, v))
+            q = q * (width / config.head_dim) ** 0.5  # attention() divides by the root of its width
+            context = attention(q, k, v, bias)  # (B*S, n_heads * width)
+            return context.view(-1, config.n_heads, width)[..., : config.head_dim].flatten(1)  # (B*S, D)
+
+        return attend
+
+
+def best_ids(logits: Tensor) -> Tensor:
+    """(B, logit_count, V) -> the most likely ids, int64 (B, logit_count); -1 where a logit is not finite."""
+    finite = logits.sum(-1) * 0 == 0
+    return torch.where(finite, logits.argmax(-1), -1)
 
 
 Sample = dict[str, tuple[Tensor, dict[int, str]]]
 """Example inputs by name, each with the names of its varying axes."""
 
-GRAPHS: dict[str, type[Stack]] = {"decode": Decode, "forward": Forward, "model": Cached}
+GRAPHS: dict[str, type[Stack]] = {
+    "decode": Decode,
+    "decode_cuda": DecodeOnCuda,
+    "forward": Forward,
+    "model": Cached,
+}
+
+
+CUDA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+"""In which ``decode_cuda`` computes, by precision; there is none at the others."""
+
+IN_PLACE = ("decode", "decode_cuda")
+"""Of ``GRAPHS``, those whose cache stays in its buffers."""
 
 
 def cache_names(prefix: str, config: GPTConfig) -> list[str]:
@@ -203,7 +310,7 @@ def cache_names(prefix: str, config: GPTConfig) -> list[str]:
 
 def cache_width(name: str, config: GPTConfig) -> int:
     """Width of a head in the cache: ``GroupQueryAttention`` takes multiples of 8, the rest is filled with zeros."""
-    return -(-config.head_dim // 8) * 8 if name == "decode" else config.head_dim
+    return -(-config.head_dim // 8) * 8 if name in IN_PLACE else config.head_dim
 
 
 def _sample(name: str, config: GPTConfig) -> Sample:
@@ -233,14 +340,16 @@ def _sample(name: str, config: GPTConfig) -> Sample:
     }
 
 
-def trace(model: GPTModel, name: str, opset: int) -> ir.Model:
+def trace(model: GPTModel, name: str, opset: int, cache_scales: Sequence[Tensor] | None = None) -> ir.Model:
     """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
     config, caches = model.config, {}
     if name != "forward":
-        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config))
+        dtype = torch.int8 if name == "decode" and cache_scales is not None else model.tok_emb.weight.dtype
+        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config), dtype=dtype)
         length = "past_sequence_length" if name == "model" else "max_sequence_length"
         caches = {"past_key_values": (cache, {0: "batch_size", 2: length})}
-    return export(GRAPHS[name](model), _sample(name, config), caches, ["logits"], opset)
+    outputs = ["logits", "best_ids"] if name == "decode_cuda" else ["logits"]
+    return export(GRAPHS[name](model, cache_scales), _sample(name, config), caches, outputs, opset)
 
 
 def export(module: Stack, sample: Sample, caches: Sample, outputs: list[str], opset: int) -> ir.Model:

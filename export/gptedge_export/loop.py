@@ -6,6 +6,7 @@ the last ``context_length`` tokens and an empty cache, as often as it takes: onc
 and then for each token, as the book does. In the shapes below B is the batch and W the number of tokens read so far.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Step(Growing):
         return (~ended).any(), next_ids[:, None], next_mask, ended, next_ids, present
 
 
-def trace_step(model: GPTModel, opset: int) -> ir.Model:
+def trace_step(model: GPTModel, opset: int, cache_scales: Sequence[Tensor] | None = None) -> ir.Model:
     """Export :class:`Step`; outputs in the order that ``Loop`` wants: go on, carried values, what is collected."""
     batch, new, past = 2, 3, 5
     sample = {
@@ -56,7 +57,7 @@ def trace_step(model: GPTModel, opset: int) -> ir.Model:
     cache = torch.zeros(batch, model.config.n_heads, past, model.config.head_dim)
     caches = {"past": (cache, {0: "batch_size", 2: "past_length"})}
     outputs = ["go_on", "next_new_ids", "next_mask", "next_ended", "next_ids"]
-    step = export(Step(model), sample, caches, outputs, opset)
+    step = export(Step(model, cache_scales), sample, caches, outputs, opset)
     step.graph.outputs.append(step.graph.outputs.pop(4))
     return step
 
@@ -79,12 +80,12 @@ class Ops(ir.tape.Tape):
 
 
 def generate_graph(step: ir.Model, config: GPTConfig) -> ir.Model:
-    """Put the loops around a traced step. Its weights stay in its own graph, the body of the inner loop: only there does
-    ONNX Runtime take them for constants, and ``MatMulNBits`` computes ten times as slowly on what is none.
-    """
+    """Put the loops around a traced step, whose weights become those of the whole graph."""
     ids = [ir.val(name, INT64, ["batch_size", "sequence_length"]) for name in ("input_ids", "attention_mask")]
     max_new_tokens, eos_token_id = ir.val("max_new_tokens", INT64, []), ir.val("eos_token_id", INT64, [])
     body = step.graph
+    initializers = list(body.initializers.values())
+    body.initializers.clear()
     ir.convenience.replace_all_uses_with(body.inputs.pop(3), eos_token_id)
     body.inputs[:0] = _counters("step")
 
@@ -98,10 +99,29 @@ def generate_graph(step: ir.Model, config: GPTConfig) -> ir.Model:
     output_ids.shape = ir.Shape(["batch_size", "total_sequence_length"])
 
     inputs = [*ids, max_new_tokens, eos_token_id]
-    graph = ir.Graph(inputs, [output_ids], nodes=ops.nodes, opset_imports=body.opset_imports, name="main")
+    graph = ir.Graph(
+        inputs, [output_ids], nodes=ops.nodes, initializers=initializers, opset_imports=body.opset_imports, name="main"
+    )
     model = ir.Model(graph, ir_version=step.ir_version, producer_name=step.producer_name)
     NameFixPass()(model)
     return model
+
+
+def fold_weights(graph: ir.Model) -> None:
+    """Give each ``MatMulNBits`` in the body of a loop weights that ONNX Runtime makes constants of that body.
+
+    It packs no others, and is up to ten times as slow on what it has not packed. What follows from constants alone it
+    computes once, when it opens the graph: here a ``Reshape`` that changes nothing. Weights that lie in the body itself
+    would do in Python, Node and C, but onnxruntime-web does not find them in the file beside the graph.
+    """
+    for body in list(graph.graph.subgraphs()):
+        ops = Ops()
+        for node in body:
+            if node.op_type == "MatMulNBits":
+                node.replace_input_with(1, ops.Reshape(node.inputs[1], [0, 0, -1]))
+        if ops.nodes:
+            body.insert_before(body[0], ops.nodes)
+    NameFixPass()(graph)
 
 
 def _round(step: ir.Graph, context_length: int, length: ir.Value, empty: ir.Value) -> ir.Graph:

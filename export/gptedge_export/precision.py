@@ -14,6 +14,7 @@ import onnx_ir as ir
 from gptedge_models import GPTModel
 from numpy.typing import NDArray
 from onnx_ir.passes.common import NameFixPass
+from torch import Tensor
 
 from .blocks import Blocks
 from .errors import ExportError
@@ -27,10 +28,12 @@ BITS = {"int8": 8, "int4": 4}
 class Prepared:
     """``model`` computes with the weights that are stored, and ``store`` puts them into a graph traced from it.
 
+    With ``cache_scales``, float32 (2D,) for each layer, keys and values have 8 bits, in ``model`` as in the graphs.
     Within ``as_computed()`` the model rounds whatever else the graphs' kernels round.
     """
 
     model: GPTModel
+    cache_scales: list[Tensor] | None
     store: Callable[[ir.Model], None]
     as_computed: Callable[[], AbstractContextManager[None]]
 
@@ -41,12 +44,13 @@ def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, 
     Raises :class:`ExportError` for a weight that float16 does not hold.
     """
     if precision == "fp32":
-        return Prepared(model, lambda graph: None, contextlib.nullcontext)
+        return Prepared(model, None, lambda graph: None, contextlib.nullcontext)
     if precision == "fp16":
-        return Prepared(_to_half(model), store_half, contextlib.nullcontext)
+        return Prepared(_to_half(model), None, store_half, contextlib.nullcontext)
     quantised = quantise(model, BITS[precision], texts, progress=progress)
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
-    return Prepared(quantised.model, partial(store_blocks, weights=table), quantised.as_computed)
+    store = partial(store_blocks, weights=table)
+    return Prepared(quantised.model, quantised.cache_scales, store, quantised.as_computed)
 
 
 def _to_half(model: GPTModel) -> GPTModel:
@@ -118,8 +122,9 @@ def _gather(node: ir.Node, blocks: Blocks, integers: ir.Value, scales: ir.Value)
     factors = ops.op("Unsqueeze", [factors, ops.op("Constant", [], {"value": ir.tensor([-1])})])
     shape = ops.op("Constant", [], {"value": ir.tensor([0, 0, -1])})
     flat = ops.op("Reshape", [ops.op("Mul", [rows, factors]), shape])
-    ends = [ops.op("Constant", [], {"value": ir.tensor([place])}) for place in (0, blocks.width, 2)]
-    ops.op("Slice", [flat, *ends])
+    if blocks.integers[0].numel() > blocks.width:
+        ends = [ops.op("Constant", [], {"value": ir.tensor([place])}) for place in (0, blocks.width, 2)]
+        ops.op("Slice", [flat, *ends])
     return list(ops.nodes)
 
 

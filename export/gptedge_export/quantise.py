@@ -11,7 +11,7 @@ from gptedge_models import GPTModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .blocks import Blocks, in_blocks, round_activations, round_by_inputs, round_to_nearest
+from .blocks import Blocks, in_blocks, round_activations, round_by_inputs, round_cache, round_to_nearest
 
 TABLE_BITS = 8
 """Of the token table at each precision: a row is read for each token, so it costs size and no speed."""
@@ -21,10 +21,15 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Quantised:
-    """``model`` has the rounded weights; ``weights`` are the same as integers, layers of one input joined."""
+    """``model`` has the rounded weights; ``weights`` are the same as integers, layers of one input joined.
+
+    The keys and values that ``model`` computes are those of a cache of 8 bits. ``cache_scales`` float32 (2D,) are, for
+    each layer, the scales of the channels of its keys and, behind them, of its values.
+    """
 
     model: GPTModel
     weights: list[Blocks]
+    cache_scales: list[Tensor]
 
     @contextlib.contextmanager
     def as_computed(self) -> Iterator[None]:
@@ -45,7 +50,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     rounded blocks before it pass them on, so that it can mend their errors.
     """
     tied = torch.equal(model.tok_emb.weight, model.out_head.weight)
-    rounded = Quantised(copy.deepcopy(model).eval(), [])
+    rounded = Quantised(copy.deepcopy(model).eval(), [], [])
     model = rounded.model
     model.out_head.weight = nn.Parameter(model.out_head.weight.clone())  # it may be the table itself
     table = round_to_nearest(model.tok_emb.weight, TABLE_BITS)
@@ -53,10 +58,13 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
         inputs = [_embed(model, torch.tensor([ids])) for ids in texts]
         blocks: list[Any] = [*model.trf_blocks]
         for block in tqdm(blocks, desc="quantise", unit=" layers", disable=not progress, leave=False):
-            _smooth(block, inputs)
             att, (up, _, down) = block.att, block.ff.layers
+            scales = _smooth(block, inputs)
             groups = [[att.W_query, att.W_key, att.W_value], [att.out_proj], [up], [down]]
             rounded.weights.extend(_round_layers(groups, bits, inputs, block))
+            rounded.cache_scales.append(scales.flatten())
+            for layer, scale in zip((att.W_key, att.W_value), scales, strict=True):
+                layer.register_forward_hook(_round_output(scale))
             inputs = [block(x) for x in inputs]
         head_bits = TABLE_BITS if tied else bits
         rounded.weights.extend(_round_layers([[model.out_head]], head_bits, inputs, _head(model)))
@@ -69,6 +77,10 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
 
 def _round_input(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     return round_activations(*inputs)
+
+
+def _round_output(scales: Tensor) -> Any:
+    return lambda _, __, output: round_cache(output, scales)
 
 
 def _layers(model: GPTModel) -> list[nn.Linear]:
@@ -117,15 +129,17 @@ def _moments(layers: list[nn.Linear], inputs: list[Tensor], run: Run) -> list[Te
     return sums
 
 
-def _smooth(block: Any, inputs: list[Tensor]) -> None:
+def _smooth(block: Any, inputs: list[Tensor]) -> Tensor:
     """Even out the channels behind each norm: what the norm's output loses in size, the weights that read it gain.
 
     The block computes what it did; a channel far larger than the others no longer takes the bits of its neighbours
-    (SmoothQuant: Xiao et al., 2022, arXiv 2211.10438, with its alpha of 0.5).
+    (SmoothQuant: Xiao et al., 2022, arXiv 2211.10438, with its alpha of 0.5). Returns scales (2, D) with which 8 bits
+    hold the block's keys and values, and a tenth more than the largest seen.
     """
     att = block.att
     readers = {block.norm1: [att.W_query, att.W_key, att.W_value], block.norm2: [block.ff.layers[0]]}
-    for (norm, layers), reach in zip(readers.items(), _reaches([*readers], inputs, block), strict=True):
+    reaches = _reaches([*readers, att.W_key, att.W_value], inputs, block)
+    for (norm, layers), reach in zip(readers.items(), reaches, strict=False):
         weight = torch.cat([layer.weight for layer in layers]).abs().amax(0)  # (D,)
         factor = (reach / weight.clamp(min=1e-12)).sqrt()
         factor = (factor / factor.median().clamp(min=1e-12)).clamp(1e-3, 1e3)
@@ -133,11 +147,12 @@ def _smooth(block: Any, inputs: list[Tensor]) -> None:
         norm.shift.div_(factor)
         for layer in layers:
             layer.weight.mul_(factor)
+    return (reaches[2:] * 1.1 / 127).clamp(min=1e-6)
 
 
-def _reaches(norms: list[Any], inputs: list[Tensor], run: Run) -> Tensor:
-    """Largest magnitude of each channel of what leaves each norm, (norms, D)."""
-    reaches = torch.zeros(len(norms), len(norms[0].scale))
+def _reaches(layers: list[Any], inputs: list[Tensor], run: Run) -> Tensor:
+    """Largest magnitude of each channel of what leaves each of these layers of width D, (layers, D)."""
+    reaches = torch.zeros(len(layers), inputs[0].shape[-1])
 
     def watch(reach: Tensor) -> Any:
         def raise_to(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -145,7 +160,7 @@ def _reaches(norms: list[Any], inputs: list[Tensor], run: Run) -> Tensor:
 
         return raise_to
 
-    handles = [norm.register_forward_hook(watch(reach)) for norm, reach in zip(norms, reaches, strict=True)]
+    handles = [layer.register_forward_hook(watch(reach)) for layer, reach in zip(layers, reaches, strict=True)]
     for x in inputs:
         run(x)
     for handle in handles:

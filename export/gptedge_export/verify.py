@@ -10,12 +10,13 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from gptedge_models import GPTConfig, GPTModel
+from gptedge_runtime.cuda import FP16_ERROR
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .classifier import is_classifier
 from .errors import ParityError
-from .graphs import cache_names, cache_width
+from .graphs import IN_PLACE, cache_names, cache_width
 from .precision import BITS
 
 Array = NDArray[Any]
@@ -25,6 +26,9 @@ RTOL = {"fp32": 2e-5, "fp16": 2e-5, "int8": 0.05, "int4": 0.05}
 """Bound on max|d logits| by precision: ``max(ATOL, RTOL * max|logit|)``. Two sound float32 programs differ by up to
 1.1e-5 of the largest logit, since they add in different orders. Where inputs are rounded to 8 bits, such a difference
 now and then turns a rounding; what follows from it reaches 0.02, and 0.04 where kernels do not round inputs at all."""
+
+RTOL_CUDA_FP16 = FP16_ERROR * RTOL["fp16"]
+"""Of ``decode_cuda`` at fp16, whose activations are float16, too: each of its roundings is up to 0.0005 of a value."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,18 @@ class Graph:
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.name = name
         self.config = config
+        narrow = {("decode", "int8"): np.int8, ("decode", "int4"): np.int8, ("decode_cuda", "fp16"): np.float16}
+        self._cache_dtype = narrow.get((name, precision), np.float32)
 
     def run(self, **feeds: Array) -> list[Array]:
         """Logits, then the cache."""
         return list(self._session.run(None, feeds))
 
     def cache(self, batch_size: int, length: int) -> list[Array]:
-        """A cache to begin with: buffers of that length for ``decode``, nothing for ``model``."""
-        length = length if self.name == "decode" else 0
+        """A cache to begin with: buffers of that length for the graphs that work in place, nothing for ``model``."""
+        length = length if self.name in IN_PLACE else 0
         shape = (batch_size, self.config.n_heads, length, cache_width(self.name, self.config))
-        return [np.zeros(shape, np.float32) for _ in cache_names("", self.config)]
+        return [np.zeros(shape, self._cache_dtype) for _ in cache_names("", self.config)]
 
     def prefill(self, ids: Array) -> Array:
         """Logits (B, T, V) of ids (B, T)."""
@@ -91,7 +97,7 @@ class Graph:
     def step(self, ids: Array, past: int, cache: list[Array], mask: Array | None = None) -> tuple[Array, list[Array]]:
         """Read ids (B, S) after ``past`` tokens: logits (B, S, V) and the new cache. ``mask`` is for ``model``."""
         batch, new = ids.shape
-        if self.name == "decode":
+        if self.name in IN_PLACE:
             positions = np.tile(np.arange(past, past + new), (batch, 1))
             wanted = np.tile(np.arange(new), (batch, 1))
             return self.decode(ids, positions, np.full(batch, past + new), wanted, cache)
@@ -115,6 +121,8 @@ class Graph:
     def _cached(self, cache: list[Array], **feeds: Array) -> tuple[Array, list[Array]]:
         past = dict(zip(cache_names("past_key_values", self.config), cache, strict=True))
         logits, *present = self.run(**feeds, **past)
+        if self.name == "decode_cuda" and not np.array_equal(present.pop(0), logits.argmax(-1)):
+            raise ParityError("decode_cuda.onnx: best_ids are not those of its logits: nothing was written")
         return logits, present
 
 
@@ -135,7 +143,11 @@ def verify(model: GPTModel, folder: Path, *, precision: str = "fp32", progress: 
 def _cases(model: GPTModel, folder: Path, precision: str) -> Iterator[Check]:
     context = model.config.context_length
     random = np.random.default_rng(0)
-    compare = partial(_compare, rtol=RTOL[precision])
+    in_place = [name for name in IN_PLACE if (folder / "onnx" / f"{name}.onnx").exists()]
+
+    def compare(name: str, case: str, eager: Array, onnx: Array) -> Check:
+        rtol = RTOL_CUDA_FP16 if (name, precision) == ("decode_cuda", "fp16") else RTOL[precision]
+        return _compare(name, case, eager, onnx, rtol)
 
     def draw(batch: int, length: int) -> Array:
         return random.integers(model.config.vocab_size, size=(batch, length))
@@ -150,18 +162,21 @@ def _cases(model: GPTModel, folder: Path, precision: str) -> Iterator[Check]:
         eager = eager_logits(model, ids)
         yield compare("forward", "whole sequence", eager, graph("forward").run(input_ids=ids)[0])
         yield compare("model", "prefill", eager, graph("model").prefill(ids))
-        yield compare("decode", "prefill", eager, graph("decode").prefill(ids))
+        for name in in_place:
+            yield compare(name, "prefill", eager, graph(name).prefill(ids))
     for batch, length in ((2, min(24, context)), (1, context)):
         ids = draw(batch, length)
         eager = eager_logits(model, ids)
         yield compare("model", "step by step", eager, _stepwise(graph("model"), ids))
-        yield compare("decode", "step by step", eager, _stepwise(graph("decode"), ids))
+        for name in in_place:
+            yield compare(name, "step by step", eager, _stepwise(graph(name), ids))
     if context >= 3:
         ids = draw(3, min(21, context))
         sizes = [max(1, ids.shape[1] - 1 - row * ids.shape[1] // 3) for row in range(3)]
         eager = np.stack([eager_logits(model, ids[[row], : size + 1])[0, -2:] for row, size in enumerate(sizes)])
         yield compare("model", "left-padded batch", eager, _left_padded(graph("model"), ids, sizes))
-        yield compare("decode", "ragged batch", eager, _ragged(graph("decode"), ids, sizes))
+        for name in in_place:
+            yield compare(name, "ragged batch", eager, _ragged(graph(name), ids, sizes))
     if not is_classifier(model):
         yield from _greedy(model, folder, precision)
 

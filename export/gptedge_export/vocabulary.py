@@ -20,6 +20,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
+_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging Face's, OpenAI's
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,18 @@ def load_vocabulary(source: str) -> Vocabulary:
     )
 
 
+def holds_vocabulary(path: Path) -> bool:
+    """Tell whether a folder holds the files of a vocabulary."""
+    files = (("tokenizer.tiktoken",), ("tokenizer.json",), *_PAIRS)
+    return any(all((path / name).is_file() for name in names) for names in files)
+
+
 def _from_folder(path: Path) -> Vocabulary:
     if (path / "tokenizer.tiktoken").is_file():
         return _from_ranks(path / "tokenizer.tiktoken")
     if (path / "tokenizer.json").is_file():
         return _from_json(path / "tokenizer.json")
-    for names, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):  # Hugging Face's, OpenAI's
+    for names, merges in _PAIRS:
         if (path / names).is_file() and (path / merges).is_file():
             lines = _text(path / merges).splitlines()
             pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]

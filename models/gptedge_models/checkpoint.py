@@ -54,7 +54,7 @@ def load_checkpoint(
     given = given_settings(config)
     if source == "random":
         return _random(given, seed)
-    path = _locate(source)
+    path = locate(source)
     weights, settings = open_weights(path)
     plan = _recognise(path, weights)
     statements = {
@@ -90,7 +90,11 @@ def _random(given: Settings, seed: int) -> GPTModel:
             raise CheckpointError("random: no memory for a model of this config: choose smaller sizes") from None
 
 
-def _locate(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
+    """Return the path of a checkpoint; that of a hub id is in the hub's cache, fetched if need be.
+
+    Raises :class:`CheckpointError`.
+    """
     if source == "demo":
         return _DEMO
     if source in _HUB_NAMES:

@@ -37,6 +37,7 @@ ANSWER_S = 10
 """How long the hub may take to say what it has."""
 
 _FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_FILES += ["tokenizer.json", "vocab.json", "merges.txt"]
 _BLOCK = {
     "attn.c_attn.weight": Part(("att.W_query.weight", "att.W_key.weight", "att.W_value.weight"), transposed=True),
     "attn.c_attn.bias": Part(("att.W_query.bias", "att.W_key.bias", "att.W_value.bias")),
@@ -117,7 +118,7 @@ def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def download(hub_id: str) -> Path:
-    """Fetch config and weights of a hub repository, or find them in the hub's cache; returns their folder.
+    """Fetch config, weights and tokenizer of a hub repository, or find them in its cache; returns their folder.
 
     A connection that is lost is taken up again where it broke off, one that is silent is given up: the hub's own limits
     on a file (``HF_HUB_DOWNLOAD_TIMEOUT``) hold, and :data:`ANSWER_S` for its first answer.
@@ -172,18 +173,22 @@ def _silence() -> Iterator[None]:
 
 
 def checked(folder: Path) -> Path:
-    """Return a folder of the hub's cache whose weights have the SHA-256 that the hub names them by.
+    """Return a folder of the hub's cache whose files have the hash that the hub names them by.
 
-    huggingface_hub resumes and times out, but compares sizes only. Raises :class:`CheckpointError`.
+    That is the SHA-256 of weights, and git's SHA-1 of small files. huggingface_hub resumes and times out, but compares
+    sizes only. Raises :class:`CheckpointError`.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
         blob = path.resolve()
-        if not re.fullmatch("[0-9a-f]{64}", blob.name):  # a cache without links, as on Windows, keeps no hash
-            continue
         with blob.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
-                raise CheckpointError(
-                    f"{path.name} is not the file that the hub has, its SHA-256 differs: "
-                    f"delete {label(blob)} and try again"
-                )
+            if re.fullmatch("[0-9a-f]{64}", blob.name):
+                name, digest = "SHA-256", hashlib.file_digest(file, "sha256")
+            elif re.fullmatch("[0-9a-f]{40}", blob.name):
+                name, digest = "SHA-1", hashlib.sha1(b"blob %d\0%s" % (blob.stat().st_size, file.read()))
+            else:  # a cache without links, as on Windows, keeps no hash
+                continue
+        if digest.hexdigest() != blob.name:
+            raise CheckpointError(
+                f"{path.name} is not the file that the hub has, its {name} differs: delete {label(blob)} and try again"
+            )
     return folder

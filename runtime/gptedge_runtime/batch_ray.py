@@ -77,6 +77,8 @@ def _read_windows(source: Source, first: int) -> Iterator[dict[str, Any]]:
 
 def _connect(address: str | None) -> Any:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    if address is not None and ("RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray/auth_token").exists()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` does so; who then connects has to say it
     try:
         import ray.data
     except ImportError as error:
@@ -89,7 +91,10 @@ def _connect(address: str | None) -> Any:
             socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"no Ray cluster answers at {address}: start one there, or leave --ray-address out") from error
+        raise InputError(
+            f"no Ray cluster answers at {address}: start one there, set RAY_AUTH_TOKEN if it asks for a token, "
+            "or leave --ray-address out"
+        ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -99,7 +99,7 @@ def bench(
     batches = [read_count("batch", batch, low=1) for batch in batches]
     new_tokens, repeats = read_count("new_tokens", new_tokens, low=1), read_count("repeats", repeats, low=1)
     started = time.perf_counter()
-    with load(path, threads=threads, progress=progress) as gpt:
+    with load(path, provider="cpu", threads=threads, progress=progress) as gpt:
         load_s, precision = time.perf_counter() - started, gpt._session.precision
         new_tokens = min(new_tokens, max(1, gpt.config.context_length // 2))
         lengths = _fit(lengths, gpt.config.context_length, new_tokens, warn)

@@ -115,6 +115,11 @@ class Bundle:
         """Whether kernels compute in float32 throughout; those for int8 and int4 round activations to 8 bits."""
         return self.precision in ("fp32", "fp16")
 
+    @property
+    def cache_dtype(self) -> str:
+        """Of the keys and values in the buffers of decode.onnx."""
+        return "float32" if self.rounds_finely else "int8"
+
     def read(self, path: str) -> bytes:
         """Return a file's bytes after checking these very bytes, so that no later change of the file counts."""
         data = _read(self.folder / path)

@@ -8,7 +8,8 @@ import numpy as np
 from .bundle import ClassifierSpec, open_bundle
 from .errors import InputError
 from .limits import check_timeout, count_threads
-from .session import Session, choose_provider
+from .provider import choose_provider, open_session
+from .session import Session
 from .tokenizer import Tokenizer, load_tokenizer
 
 
@@ -34,7 +35,7 @@ def load_classifier(
     bundle = open_bundle(path, progress=progress)
     if bundle.classifier is None:
         raise InputError(f"the bundle {bundle.folder} generates text: use load, or the command gptedge generate")
-    session = Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s)
+    session = open_session(bundle, provider=provider, device=device, threads=n_threads, timeout_s=timeout_s)
     return Classifier(load_tokenizer(bundle), session, bundle.classifier)
 
 

@@ -19,7 +19,8 @@ from .command import run, write
 from .errors import InputError
 from .evaluate import evaluate
 from .generate import Sampling
-from .gpt import DEFAULT_NEW_TOKENS, load
+from .gpt import DEFAULT_NEW_TOKENS, GPT, load
+from .provider import offers_cuda, why_not_cuda
 from .stream import TextStream
 from .verify import verify
 from .web import Server, site, write_site
@@ -95,6 +96,8 @@ def generate_command(
     sampling = _sampling(temperature, top_k, top_p, seed)
     progress = sys.stderr.isatty()
     with load(bundle, provider=provider, threads=threads, timeout_s=timeout_s, progress=progress) as gpt:
+        if provider == "auto":
+            _tell_device(gpt)
         text = gpt.apply_template(text) if template else text
         stream = gpt.stream(text, max_new_tokens=max_new_tokens, stop=stop, on_overflow=on_overflow, sampling=sampling)
         if as_json:
@@ -279,6 +282,13 @@ def web_command(bundle: str, port: int, output: str | None, ort: str | None) -> 
 def main() -> None:
     """Run the command; exit codes: 0 done, 1 our bug, 2 the user's to fix, 3 verification failed, 130 interrupted."""
     sys.exit(run(cli, "gptedge", sys.argv[1:] or ["--help"]))
+
+
+def _tell_device(gpt: GPT) -> None:
+    """Say on stderr what runs where there was a choice: where the user has installed what could use a GPU."""
+    if offers_cuda():
+        note = "" if gpt.provider == "cuda" else f", not on cuda: {gpt.why_not_cuda or why_not_cuda()}"
+        click.echo(f"note: runs on {gpt.provider}{note}", err=True)
 
 
 def _read_prompt(prompt: str | None, file: str | None) -> str:

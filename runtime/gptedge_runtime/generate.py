@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from .errors import BundleError, InputError, shown
+from .errors import InputError, shown
 from .limits import ShouldStop, Stopped, until
 from .session import Cache, Logits, Session
 from .speculate import Speculation, is_close
@@ -86,7 +86,7 @@ def generate(
     run = partial(_run, session, sampling, should_stop, speculate)
     alone, n_new = set[int](), [0] * len(prompts)
     try:
-        if len(prompts) > 1 and is_greedy and not session.rounds_finely:
+        if len(prompts) > 1 and is_greedy and session.holds_batches and not session.rounds_finely:
             alone.update(range(len(prompts)))
         else:
             for step in run(prompts, n_steps, given_up, alone):
@@ -132,10 +132,10 @@ def _run(
         if should_stop():
             raise Stopped
         _read_on(cache, decode, rows, running, context_length, should_stop)
-        if is_greedy and len(rows) > 1:
+        if is_greedy and len(rows) > 1 and session.holds_batches:
             close.update(b for b in running if is_close(cache.logits[b]))
             running = [b for b in running if b not in close]
-        step = choose(cache.logits, running, sampling, randoms)
+        step = choose(cache, running, sampling, randoms)
         for b, token_id in step.items():
             rows[b].append(token_id)
         yield step
@@ -166,15 +166,13 @@ def _read_on(
 
 
 def choose(
-    logits: Logits, running: list[int], sampling: Sampling | None, randoms: Sequence[np.random.Generator]
+    cache: Cache, running: list[int], sampling: Sampling | None, randoms: Sequence[np.random.Generator]
 ) -> dict[int, int]:
-    """Return an id for each running row of logits float32 (B, V): the most likely one, or a drawn one."""
-    best = logits.argmax(axis=1)
-    if not np.isfinite(logits[running, best[running]]).all():  # argmax finds NaN and +inf wherever they are
-        raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
+    """Return an id for each running row: the most likely one, or a drawn one."""
+    best = cache.best_ids(running)
     if sampling is None or sampling.temperature == 0:
-        return {b: int(best[b]) for b in running}
-    return {b: draw(logits[b], sampling, randoms[b]) for b in running}
+        return dict(zip(running, best.tolist(), strict=True))
+    return {b: draw(cache.logits[b], sampling, randoms[b]) for b in running}
 
 
 def draw(logits: Logits, sampling: Sampling, random: np.random.Generator) -> int:

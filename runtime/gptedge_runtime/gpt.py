@@ -12,7 +12,8 @@ from .errors import InputError, shown
 from .generate import Sampling, count_steps, generate
 from .inputs import TokenIds, read_count, read_rows
 from .limits import check_timeout, count_threads, never
-from .session import Session, choose_provider
+from .provider import choose_provider, open_session
+from .session import Session
 from .stream import Continuation, Request, TextStream
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -29,9 +30,10 @@ def load(
 ) -> "GPT":
     """Open a bundle after checking every file in it; one ``GPT`` serves many threads at once.
 
-    ``provider`` is ``auto``, ``cpu`` or ``cuda``; ``threads`` defaults to the CPUs this process may use, and is at most
-    that. ``timeout_s``, for a bundle that you do not trust, ends each call that computes for longer, also where its
-    graph never ends, with ``TimeLimitError``. ``progress`` shows a bar on stderr while a large bundle is checked.
+    ``provider`` is ``cpu``, ``cuda``, or ``auto``: ``cuda`` where that works, else ``cpu``. ``threads`` defaults to the
+    CPUs this process may use, and is at most that. ``timeout_s``, for a bundle that you do not trust, ends each call
+    that computes for longer, also where its graph never ends, with ``TimeLimitError``. ``progress`` shows a bar on
+    stderr while a large bundle is checked.
     Raises ``BundleNotFoundError``, ``BundleError``, ``ProviderError``, ``OutOfMemoryError`` or ``InputError``.
     """
     device, n_threads = choose_provider(provider), count_threads(threads)
@@ -39,19 +41,20 @@ def load(
     bundle = open_bundle(path, progress=progress)
     if bundle.classifier is not None:
         raise InputError(f"the bundle {bundle.folder} is a classifier: use load_classifier, or gptedge classify")
-    session = Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s)
+    session = open_session(bundle, provider=provider, device=device, threads=n_threads, timeout_s=timeout_s)
     return GPT(load_tokenizer(bundle), session, bundle.prompt_template)
 
 
 class GPT:
     """Made by :func:`load`; close it, or use it in a ``with`` statement.
 
-    ``config`` holds the sizes, ``provider`` the device in use, ``tokenizer`` has ``encode`` and ``decode``.
+    ``config`` holds the sizes, ``provider`` the device in use, ``why_not_cuda`` why ``auto`` left a GPU aside,
+    ``tokenizer`` has ``encode`` and ``decode``.
     """
 
     def __init__(self, tokenizer: Tokenizer, session: Session, prompt_template: str | None = None) -> None:
         self.config: ModelConfig = session.model
-        self.provider = session.provider
+        self.provider, self.why_not_cuda = session.provider, session.why_not_cuda
         self.tokenizer = tokenizer
         self._prompt_template = prompt_template
         self._open_session: Session | None = session

@@ -18,9 +18,16 @@ from .limits import POLL_S, ShouldStop, in_worker, never, until
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
+CHUNK_TOKENS = 128  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 
 
 class Session:
@@ -29,6 +36,14 @@ class Session:
     ``exact``: in an int8 or int4 bundle, too, no kernel rounds its inputs. That is slow, and for ``verify``.
     """
 
+    graph = "decode"
+    holds_batches = True
+    """Whether greedy rows of a batch get the ids that they get alone."""
+    places_are_positions = False
+    """Whether the graph keeps a token in the cache at its position, and not behind the tokens before it."""
+    why_not_cuda: str | None = None
+    """Why ``auto`` took the CPU for this bundle where there is a GPU."""
+
     def __init__(
         self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None, exact: bool = False
     ) -> None:
@@ -36,22 +51,25 @@ class Session:
         self.provider = provider
         self.timeout_s = timeout_s
         self.precision, self.rounds_finely = bundle.precision, exact or bundle.rounds_finely
-        self.cache_names = cache_names(bundle.model)
-        compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model))
+        self.cache_names, self.cache_dtype = cache_names(bundle.model), bundle.cache_dtype
         self._ort = import_onnxruntime()
-        self._session = open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
+        self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
         self._probe()
+
+    def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
+        compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
+        return open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""
         return Cache(self, batch, capacity)
 
-    def new_key_values(self, batch: int, capacity: int) -> list[NDArray[np.float32]]:
+    def new_key_values(self, batch: int, capacity: int) -> list[Any]:
         """Return one zeroed array (B, n_heads, capacity, cache_width) for each entry of ``cache_names``."""
         shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
         try:
-            return [np.zeros(shape, np.float32) for _ in self.cache_names]
+            return [np.zeros(shape, self.cache_dtype) for _ in self.cache_names]
         except MemoryError as error:
             raise _out_of_memory() from error
 
@@ -66,7 +84,9 @@ class Session:
         for part in split_rows([length] * batch):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
-            self.run_long(self.bind(feeds, self.new_key_values(len(lengths), length), logits[part]), should_stop)
+            binding = self.bind(feeds, self.new_key_values(len(lengths), length), logits[part])
+            self.run_long(binding, should_stop)
+            self.read_logits(binding)
         return logits
 
     def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[NDArray[Any]], logits: Logits) -> Any:
@@ -88,6 +108,13 @@ class Session:
         except Exception as error:  # onnxruntime's own share no other base class
             raise run_error(error, "the decode graph") from error
 
+    def read_logits(self, binding: Any) -> None:
+        """Bring the logits of the last run into the array that was bound for them; on the CPU they are there."""
+
+    def read_best_ids(self, binding: Any) -> Ids | None:
+        """Return the most likely ids (B, T) of the last run where the graph tells them, which on the CPU costs more."""
+        return None
+
     def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
         """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises ``Stopped``."""
         options = run_options(self._ort)
@@ -97,12 +124,13 @@ class Session:
         """Run the last token at the last position: smaller tables than the manifest says show now, not in use."""
         feeds = prefill_feeds(np.array([[self.model.vocab_size - 1]]), np.array([1]), np.array([[0]]))
         feeds["position_ids"][:] = self.model.context_length - 1
-        key_values, logits = self.new_key_values(1, 1), np.empty((1, 1, self.model.n_outputs), np.float32)
+        key_values = self.new_key_values(1, self.model.context_length if self.places_are_positions else 1)
+        logits = np.empty((1, 1, self.model.n_outputs), np.float32)
         try:
             self.run_long(self.bind(feeds, key_values, logits), until(self.timeout_s, never))
         except BundleError as error:
             raise BundleError(
-                f"the decode graph cannot read token {self.model.vocab_size - 1} at position "
+                f"the graph {self.graph} cannot read token {self.model.vocab_size - 1} at position "
                 f"{self.model.context_length - 1}, the last of manifest.json's sizes: export the bundle again"
             ) from error
 
@@ -118,11 +146,28 @@ class Cache:
         self._steps: dict[int, Step] = {}
         self._step = self._steps[1] = Step(session, self._key_values, 1)
         self._n_accepted = 0
+        self._is_refilled = False
 
     @property
     def logits(self) -> Logits:
         """Of each row's last token, float32 (B, V); every call writes over them."""
+        self._step.read_logits()
         return self._step.logits[:, self._n_accepted]
+
+    def best_ids(self, rows: Sequence[int]) -> Ids:
+        """Return the most likely id for each of these rows. Raises :class:`BundleError` where logits are not finite."""
+        best = None if self._is_refilled else self._step.read_best_ids()
+        if best is None:
+            logits = self.logits
+            best = logits.argmax(axis=1)
+            is_finite = np.isfinite(logits[rows, best[rows]])  # argmax finds NaN and +inf wherever they are
+        else:
+            best = best[:, self._n_accepted]
+            is_finite = best[rows] >= 0
+        if not is_finite.all():
+            raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
+        ids: Ids = best[rows]
+        return ids
 
     @property
     def length(self) -> int:
@@ -136,12 +181,19 @@ class Cache:
 
     def refill(self, part: slice, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
         """Read ids in the place of what these rows of the cache held. Raises ``Stopped``."""
-        self._step, self._n_accepted = self._steps[1], 0
-        lengths = np.array([len(row) for row in rows])
-        feeds = prefill_feeds(pad_right(rows), lengths, lengths[:, None] - 1)
-        binding = self._session.bind(feeds, [array[part] for array in self._key_values], self._step.logits[part])
-        self._session.run_long(binding, should_stop)
-        self._lengths[part] = lengths
+        self._step, self._n_accepted, self._is_refilled = self._steps[1], 0, True
+        self._step.read_logits()  # those of the other rows stay
+        key_values = [array[part] for array in self._key_values]
+        longest = max(len(row) for row in rows)
+        size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
+        for start in range(0, longest, size):
+            chunk = [row[start : start + size] for row in rows]
+            lengths = np.array([len(row) for row in chunk])
+            feeds = prefill_feeds(pad_right(chunk), lengths, lengths[:, None] - 1, past=start)
+            binding = self._session.bind(feeds, key_values, self._step.logits[part])
+            self._session.run_long(binding, should_stop)
+        self._session.read_logits(binding)
+        self._lengths[part] = [len(row) for row in rows]
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop, drafts: Sequence[int] = ()) -> None:
         """Append one id to each row. A full row gets its last place written over, and logits that mean nothing.
@@ -152,7 +204,7 @@ class Cache:
         n_tokens = 1 + len(drafts)
         if n_tokens not in self._steps:
             self._steps[n_tokens] = Step(self._session, self._key_values, n_tokens)
-        self._step, self._n_accepted = self._steps[n_tokens], 0
+        self._step, self._n_accepted, self._is_refilled = self._steps[n_tokens], 0, False
         places = np.minimum(self._lengths, self.capacity - n_tokens)
         self._step.run(next_ids, drafts, places, should_stop)
         self._lengths = places + 1
@@ -189,6 +241,14 @@ class Step:
         self.least_s = np.inf
         self._binding = session.bind(self._feeds, key_values, self.logits)
 
+    def read_logits(self) -> None:
+        """Bring the logits of the last run into ``logits``."""
+        self._session.read_logits(self._binding)
+
+    def read_best_ids(self) -> Ids | None:
+        """Return the most likely ids (B, n_tokens) of the last run where the graph tells them."""
+        return self._session.read_best_ids(self._binding)
+
     def run(self, next_ids: Sequence[int], drafts: Sequence[int], places: Ids, should_stop: ShouldStop) -> None:
         """Read one id for each row, and drafts behind it, at places int64 (B,) and those behind. Raises ``Stopped``."""
         self._feeds["input_ids"][:, 0] = next_ids
@@ -204,14 +264,14 @@ class Step:
         self.least_s = min(self.least_s, time.perf_counter() - started)
 
 
-def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids) -> dict[str, NDArray[Any]]:
-    """Return decode's inputs for ids int64 (B, T) into empty caches; row b has ``lengths[b]`` tokens, then padding."""
+def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids, past: int = 0) -> dict[str, NDArray[Any]]:
+    """Return decode's inputs for ids int64 (B, T) behind ``past`` ones; row b has ``lengths[b]``, then padding."""
     batch, width = ids.shape
     return {
         "input_ids": ids,
-        "position_ids": np.tile(np.arange(width), (batch, 1)),
-        "seqlens_k": (lengths - 1).astype(np.int32),
-        "total_sequence_length": np.array(width, np.int32),
+        "position_ids": np.tile(np.arange(past, past + width), (batch, 1)),
+        "seqlens_k": (past + lengths - 1).astype(np.int32),
+        "total_sequence_length": np.array(past + width, np.int32),
         "logit_positions": np.ascontiguousarray(logit_positions),
     }
 
@@ -250,15 +310,6 @@ def run_options(ort: Any) -> Any:
     return options
 
 
-def choose_provider(name: str) -> str:
-    """Return the device that ``auto``, ``cpu`` or ``cuda`` stands for; asked means got, or :class:`ProviderError`."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ProviderError(f"provider {name!r} is unknown: choose auto, cpu or cuda")
-    if name == "cuda":
-        raise ProviderError("provider cuda: this version of gptedge runs on the CPU only: choose auto or cpu")
-    return "cpu"
-
-
 def run_error(error: Exception, graph: str) -> GptEdgeError:
     """Return what to say about an exception of onnxruntime; its own text may hold paths and many lines."""
     if _is_about_memory(error):
@@ -268,14 +319,23 @@ def run_error(error: Exception, graph: str) -> GptEdgeError:
 
 def _is_about_memory(error: Exception) -> bool:
     """onnxruntime has no type for it; its texts hold one of these."""
-    return any(sign in str(error) for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory"))
+    return any(
+        sign in str(error) for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
+    )
 
 
 def _out_of_memory() -> OutOfMemoryError:
     return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
 
 
-def open_graph(bundle: Bundle, graph: GraphSpec, threads: int, *, exact: bool = False) -> Any:
+def open_graph(
+    bundle: Bundle,
+    graph: GraphSpec,
+    threads: int,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    *,
+    exact: bool = False,
+) -> Any:
     """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -289,7 +349,7 @@ def open_graph(bundle: Bundle, graph: GraphSpec, threads: int, *, exact: bool = 
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
     data = bundle.read(graph.path)
     try:
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], enable_fallback=False)
+        session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):
             raise _out_of_memory() from error
@@ -312,7 +372,7 @@ def cache_width(model: ModelConfig) -> int:
     return -(-model.head_dim // 8) * 8
 
 
-def decode_contract(model: ModelConfig) -> GraphSpec:
+def decode_contract(model: ModelConfig, cache_dtype: str = "float32") -> GraphSpec:
     """Return the inputs and outputs that decode.onnx must have for a model of these sizes."""
     cache = ("batch_size", model.n_heads, "max_sequence_length", cache_width(model))
     tokens = ("batch_size", "sequence_length")
@@ -322,11 +382,11 @@ def decode_contract(model: ModelConfig) -> GraphSpec:
         TensorSpec("seqlens_k", "int32", ("batch_size",)),
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("batch_size", "logit_count")),
-        *(TensorSpec(f"past_key_values.{name}", "float32", cache) for name in cache_names(model)),
+        *(TensorSpec(f"past_key_values.{name}", cache_dtype, cache) for name in cache_names(model)),
     ]
     outputs = [
         TensorSpec("logits", "float32", ("batch_size", "logit_count", model.n_outputs)),
-        *(TensorSpec(f"present.{name}", "float32", cache) for name in cache_names(model)),
+        *(TensorSpec(f"present.{name}", cache_dtype, cache) for name in cache_names(model)),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))
 

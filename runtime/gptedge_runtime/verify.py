@@ -1,18 +1,19 @@
 """Prove that every graph of a bundle still computes what the model computed that it was exported from."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import cuda
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, VerificationError
 from .gpt import GPT
 from .graphs import Graph, forward_logits, generated_ids, model_logits
 from .limits import check_timeout, count_threads
-from .session import Logits, Session, choose_provider
+from .session import Logits, Session
 from .strict_json import JsonObject, parse_json
 from .tokenizer import load_tokenizer
 
@@ -66,23 +67,34 @@ def verify(
     check_timeout(timeout_s)
     bundle = open_bundle(path, progress=progress)
     answers = _read_answers(bundle)
-    device, n_threads = choose_provider("cpu"), count_threads(threads)
-    session = Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s, exact=True)
-    with GPT(load_tokenizer(bundle), session) as gpt:
-        for answer in answers.prompts:
-            _compare(answer, gpt.logits(_ids_in_context(bundle, answer))[0], answers.atol, "decode")
-            if gpt.generate_ids(answer.token_ids, max_new_tokens=len(answer.new_token_ids)) != answer.new_token_ids:
-                raise _other_ids(answer, "decode")
-    for name in sorted(bundle.graphs.keys() - {"decode"}):
+    n_threads = count_threads(threads)
+    session = Session(bundle, provider="cpu", threads=n_threads, timeout_s=timeout_s, exact=True)
+    _check_decode(session, bundle, answers.prompts, answers.atol)
+    if cuda.GRAPH in bundle.graphs:
+        session = cuda.CudaSession(bundle, threads=n_threads, timeout_s=timeout_s, device="cpu")
+        if bundle.precision == "fp16":  # float16 activations may turn a choice, so that only logits are held
+            prompts = [replace(answer, new_token_ids=[]) for answer in answers.prompts]
+            _check_decode(session, bundle, prompts, answers.atol * cuda.FP16_ERROR)
+        else:
+            _check_decode(session, bundle, answers.prompts, answers.atol)
+    for name in sorted(bundle.graphs.keys() - {"decode", cuda.GRAPH}):
         graph = Graph(bundle, name, n_threads, timeout_s)
         for answer in answers.prompts:
             _check(graph, bundle, answer, answers.atol)
     if not bundle.rounds_finely:
-        session = Session(bundle, provider=device, threads=n_threads, timeout_s=timeout_s)
+        session = Session(bundle, provider="cpu", threads=n_threads, timeout_s=timeout_s)
         for answer in answers.prompts:
             logits = session.forward(np.array([answer.token_ids]))[0, -1]
             _hold(answer.name, "decode", logits[answer.logit_ids], answer.rounded_logits, answers.rounded_atol)
     return Verified(len(bundle.files), len(bundle.graphs), len(answers.prompts))
+
+
+def _check_decode(session: Session, bundle: Bundle, answers: list[Answer], atol: float) -> None:
+    with GPT(load_tokenizer(bundle), session) as gpt:
+        for answer in answers:
+            _compare(answer, gpt.logits(_ids_in_context(bundle, answer))[0], atol, session.graph)
+            if gpt.generate_ids(answer.token_ids, max_new_tokens=len(answer.new_token_ids)) != answer.new_token_ids:
+                raise _other_ids(answer, session.graph)
 
 
 def _check(graph: Graph, bundle: Bundle, answer: Answer, atol: float) -> None:

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,3 +78,35 @@ def test_a_cluster_that_does_not_answer_is_one_line(
 ) -> None:
     command = ["batch", bundles / "tiny", expected[0], tmp_path / "out.jsonl", "--engine", "ray"]
     assert "no Ray cluster answers at 127.0.0.1:1" in refused(gptedge(*command, "--ray-address", "127.0.0.1:1"))
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a cluster that runs already, with two CPUs."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = ["--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    options += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    program = str(Path(sys.executable).with_name("ray"))
+    with tempfile.TemporaryDirectory() as folder:  # a short path, since sockets lie in it
+        command = [program, "start", *options, f"--temp-dir={folder}"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+            try:
+                yield f"127.0.0.1:{port}"
+            finally:
+                running.terminate()
+
+
+def test_a_running_cluster_gives_the_same_bytes(
+    bundles: Path, expected: tuple[Path, bytes], tmp_path: Path, cluster: str
+) -> None:
+    source, answers = expected
+    command = ["batch", bundles / "tiny", source, tmp_path / "out.jsonl", "-n", 40, "--batch-size", 2]
+    command += ["--engine", "ray", "--ray-address", cluster]
+    for _ in range(60):  # until it has started
+        done = gptedge(*command)
+        if b"no Ray cluster answers" not in done.stderr:
+            break
+        time.sleep(1)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert (tmp_path / "out.jsonl").read_bytes() == answers

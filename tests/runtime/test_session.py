@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gptedge_runtime import GPT, BundleError, InputError, ProviderError, load
+from gptedge_runtime import GPT, BundleError, InputError, load
 from gptedge_runtime.limits import Stopped
 from gptedge_runtime.session import Session, prefill_feeds, split_rows
 
@@ -119,18 +119,6 @@ def test_weights_cut_short_are_refused_at_load(bundle: Path, edit: Edit) -> None
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(BundleError, match="refuses"):
         load(edit(lambda manifest: None))
-
-
-@pytest.mark.parametrize("provider", ["cuda", "CUDAExecutionProvider", "gpu", ""])
-def test_a_provider_that_cannot_be_had_is_an_error_and_never_a_quiet_cpu_run(bundles: Path, provider: str) -> None:
-    with pytest.raises(ProviderError, match="choose auto"):
-        load(bundles / "tiny", provider=provider)
-
-
-@pytest.mark.parametrize("provider", ["auto", "cpu"])
-def test_the_provider_in_use_is_told(bundles: Path, provider: str) -> None:
-    with load(bundles / "tiny", provider=provider) as gpt:
-        assert gpt.provider == "cpu"
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from gptedge_export import load_vocabulary
+from gptedge_export import Vocabulary, load_vocabulary
 from gptedge_export.hugging_face import export_hugging_face
 from gptedge_models import CheckpointError, load_checkpoint
 from gptedge_models.hf import checked
@@ -31,7 +31,10 @@ def cached(tmp_path: Path) -> Path:
         blob = blobs / hashlib.sha256(content).hexdigest()
         blob.write_bytes(content)
         (snapshot / name).symlink_to(blob)
-    (snapshot / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        blob = blobs / hashlib.sha1(b"blob 2\0{}").hexdigest()  # what `git hash-object` gives
+        blob.write_bytes(b"{}")
+        (snapshot / name).symlink_to(blob)
     return snapshot
 
 
@@ -55,6 +58,13 @@ def test_weights_with_another_hash_are_refused_by_name(cached: Path, shard: int,
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PART = 11_000_000  # huggingface_hub keeps what it has by pieces of 10 MB
+
+
+def test_a_tokenizer_with_another_hash_is_refused_by_name(cached: Path) -> None:
+    (cached / "config.json").unlink()
+    (cached / "tokenizer.json").resolve().write_bytes(b"[]")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not the file that the hub has, its SHA-1 differs"):
+        checked(cached)
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -130,7 +140,7 @@ def export(hub: Hub, tmp_path: Path) -> Callable[[], subprocess.CompletedProcess
     limits = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DISABLE_XET": "1"}
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", **limits}
     program = Path(sys.executable).with_name("export-hf")
-    command: list[str | Path] = [program, "owner/name", "-o", tmp_path / "out", "--tokenizer", "bytes"]
+    command: list[str | Path] = [program, "owner/name", "-o", tmp_path / "out"]
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
@@ -162,6 +172,28 @@ def test_a_model_comes_from_the_hub_and_then_from_the_cache(
     done = export()
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+
+
+def test_the_tokenizer_is_the_repositorys_own(hub: Hub, export: Export, weights: bytes, tmp_path: Path) -> None:
+    vocabulary = load_vocabulary("bytes")
+    renamed = Vocabulary(vocabulary.ranks[1:] + vocabulary.ranks[:1], vocabulary.special_tokens)
+    export_hugging_face(load_checkpoint(tmp_path / "hf"), tmp_path / "hf2", vocabulary=renamed)
+    for names in (["tokenizer.json"], ["vocab.json", "merges.txt"]):
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            hub.files.pop(name, None)
+        hub.files |= {name: (tmp_path / "hf2" / name).read_bytes() for name in names}
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        done = export()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert load_vocabulary(str(tmp_path / "out")).ranks == renamed.ranks
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_repository_without_a_tokenizer_needs_one_to_be_named(hub: Hub, export: Export, weights: bytes) -> None:
+    hub.files = {name: data for name, data in hub.files.items() if name in ("config.json", "model.safetensors")}
+    done = export()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: no tokenizer is known for 257 tokens: give one with --tokenizer\n"
 
 
 def test_a_download_that_is_cut_off_goes_on_where_it_was(

@@ -153,8 +153,9 @@ def test_wrong_texts_are_refused_before_any_device_sees_them(
 
 @pytest.mark.parametrize("option", ["threads", "timeout_s"])
 def test_a_number_too_long_to_print_is_refused(bundles: Path, option: str) -> None:
+    options: dict[str, Any] = {option: -(10**5000)}
     with pytest.raises(InputError, match=f"{option} is a number of thousands of digits"):
-        load(bundles / "tiny", **{option: -(10**5000)})
+        load(bundles / "tiny", **options)
 
 
 def generated(bundles: Path, stdin: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
