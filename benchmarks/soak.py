@@ -3,7 +3,7 @@
 Random lengths, one request in ten is bad, every hundredth opens and closes the bundle. Fifteen times or more, at least
 once a minute, a line of JSON: requests, refusals, RSS, open files, threads. The first third of the time is for warming
 up: glibc gives threads memory from several arenas, each of which keeps the most that it was ever asked for, so that RSS
-creeps up to its level over some ten thousand requests (MALLOC_ARENA_MAX=1 takes a tenth less, and is there sooner).
+creeps up to its level over tens of thousands of requests (MALLOC_ARENA_MAX=1 takes a tenth less, and is there sooner).
 Exit code 1 where the mean RSS of the last third is more than 2 % above that of the middle one, where more files or
 threads stay than the requests under way hold, or where a request got anything but ids or a documented error.
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 from gptedge_models import GPTModel
 from gptedge_models.hf import is_tied, to_hugging_face
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .atomic import atomic_folder
@@ -31,7 +32,10 @@ def export_hugging_face(model: GPTModel, out: Path | str, *, vocabulary: Vocabul
             f"give the tokenizer of this model with --tokenizer"
         )
     with atomic_folder(out, replace=False) as folder:
-        save_file(to_hugging_face(model), folder / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(to_hugging_face(model), folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # its word for what the disk did not take
+            raise OSError(str(error)) from error
         for name, document in _documents(model, vocabulary).items():
             (folder / name).write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", "utf-8")
         (folder / "merges.txt").write_text(_merges(vocabulary), "utf-8")

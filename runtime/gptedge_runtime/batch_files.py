@@ -168,7 +168,10 @@ def _compare_job(path: Path, job: dict[str, Any]) -> None:
 
 
 def _write_job(path: Path, job: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(job, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            json.dump(job, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): make it possible, or give another OUT") from error

@@ -270,8 +270,12 @@ def write_plot(done: Bench, path: Path) -> None:
         xlabel="context tokens", ylabel="decode tokens/s", title=f"{done.bundle}, {done.precision}", ylim=(0, None)
     )
     axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise InputError(f"cannot plot into {path} ({error.strerror}): give another name") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _import_pyplot() -> Any:

@@ -252,9 +252,9 @@ def bench_command(
         progress=sys.stderr.isatty(),
     )
     formats = {"md": to_markdown, "json": to_json, "csv": to_csv}
-    write(formats[output_format](done))
     if plot is not None:
         write_plot(done, plot)
+    write(formats[output_format](done))
 
 
 @cli.command("web")

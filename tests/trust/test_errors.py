@@ -143,6 +143,27 @@ def test_a_number_that_no_use_needs_is_one_line(bundles: Path, tmp_path: Path, l
     assert ": give a" in message
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on the size of files stands for a full disk")
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("export-hf random --config config.json --tokenizer bytes -o out", "out"),
+        ("gptedge batch {tiny} in.jsonl out.jsonl", "out.jsonl.job.json"),
+        ("gptedge bench {tiny} --lengths 8 -n 2 --repeats 1 --plot out.svg", "out.svg"),
+    ],
+    ids=["export-hf", "batch", "bench"],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(bundles: Path, tmp_path: Path, line: str, named: str) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "hi"}\n')
+    (tmp_path / "config.json").write_text(
+        '{"vocab_size": 257, "context_length": 8, "emb_dim": 16, "n_heads": 2, "n_layers": 1}'
+    )
+    done = shell(f"cd {tmp_path} && trap '' XFSZ && ulimit -f 0 && {BIN}/" + line.format(tiny=bundles / "tiny"))
+    assert (done.returncode, done.stdout) == (2, b"")
+    (message,) = done.stderr.decode().splitlines()
+    assert named in message
+
+
 def test_closed_standard_files_are_not_taken_by_the_bundles(bundles: Path) -> None:
     done = shell(f"{BIN}/gptedge generate {bundles / 'tiny'} hi -n 3 <&- 2>&-")
     assert done.returncode == 0

@@ -47,5 +47,6 @@ def test_a_graph_whose_names_are_not_utf_8_is_one_error_and_prints_nothing(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="cases are forked")
 @pytest.mark.parametrize("seed", range(12))
-def test_changed_graphs_neither_kill_nor_hang_the_process(bundles: Path, seed: int) -> None:
-    assert graphs.find(bundles / "tiny", seed) is None
+@pytest.mark.parametrize("name", ["tiny", "int8"])
+def test_changed_graphs_neither_kill_nor_hang_the_process(bundles: Path, name: str, seed: int) -> None:
+    assert graphs.find(bundles / name, seed) is None
