@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from gptedge_runtime import GPT, InputError, Sampling, load
 from gptedge_runtime.generate import count_steps, generate
-from gptedge_runtime.session import Step
+from gptedge_runtime.session import Session, Step
 from gptedge_runtime.speculate import NGRAM, Lookup, is_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Models = dict[str, GPT]
 N_RANDOM = 4
+NAMES = ["tiny", "odd", "demo", "close", "int8", "int4"]
 
 short = st.lists(st.integers(0, 256), min_size=1, max_size=12)
 repetitive = st.builds(lambda head, period, times: head + period * times, short, short, st.integers(1, 8))
@@ -28,7 +29,7 @@ prompts = st.one_of(repetitive, st.lists(st.integers(0, 256), min_size=1, max_si
 def models(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     """The bundles, and ``tiny`` with other random weights: not all of them fall into a loop."""
     folder = tmp_path_factory.mktemp("random")
-    paths = {name: bundles / name for name in ("tiny", "odd", "demo", "close")}
+    paths = {name: bundles / name for name in NAMES}
     paths |= {f"random {seed}": write_random(bundles / "tiny", folder / str(seed), seed) for seed in range(N_RANDOM)}
     models = {name: load(path) for name, path in paths.items()}
     yield models
@@ -75,7 +76,7 @@ def count_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: len(runs)
 
 
-@pytest.mark.parametrize("name", ["tiny", "odd", "demo", "close", *(f"random {seed}" for seed in range(N_RANDOM))])
+@pytest.mark.parametrize("name", [*NAMES, *(f"random {seed}" for seed in range(N_RANDOM))])
 @given(prompt=prompts, count=st.integers(0, 90), on_overflow=st.sampled_from(["slide", "stop", "error"]))
 @settings(max_examples=30, deadline=None)
 def test_ids_are_those_of_plain_steps(
@@ -109,10 +110,18 @@ def test_steps_are_plain_where_tokens_are_drawn(models: Models, count_runs: Call
     assert count_runs() == 31
 
 
-def test_steps_are_plain_where_activations_are_rounded_to_8_bits(bundle: Path, count_runs: Callable[[], int]) -> None:
-    with load(rewrite(bundle, {"precision": "int8"})) as gpt:
-        run(gpt, [1, 2, 3, 4] * 3, 16, speculate=True)
-    assert count_runs() == 15
+@pytest.mark.parametrize("invariant", [True, False])
+def test_int8_drafts_where_a_step_of_several_tokens_has_the_bits_of_plain_ones(
+    models: Models, invariant: bool, count_runs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drafts are right ones, so that each that is read saves a step."""
+    prompt = [1, 2, 3, 4]
+    ids = prompt + run(models["int8"], prompt, 32, speculate=False)
+    plain_runs = count_runs()
+    monkeypatch.setattr(Session, "is_batch_invariant", invariant)
+    monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
+    assert run(models["int8"], prompt, 16, speculate=True) == ids[4:20]
+    assert (count_runs() - plain_runs < 15) == invariant
 
 
 def test_a_choice_that_rounding_decides_is_read_again(models: Models, count_runs: Callable[[], int]) -> None:

@@ -1,0 +1,67 @@
+"""Whether a row's logits have the same bits alone and in company is tried out, and one bit decides."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptedge_runtime import GPT, load
+from gptedge_runtime.invariance import is_batch_invariant
+from gptedge_runtime.session import Session, Step
+
+
+@pytest.fixture(params=["int8", "int4"])
+def gpt(request: pytest.FixtureRequest, bundles: Path) -> Iterator[GPT]:
+    with load(bundles / str(request.param)) as gpt:
+        yield gpt
+
+
+def some_steps_by_one_bit(monkeypatch: pytest.MonkeyPatch, which: Callable[[Step], bool]) -> None:
+    original = Step.run
+
+    def run(step: Step, *arguments: Any) -> None:
+        original(step, *arguments)
+        if which(step):
+            step.logits[-1, -1, 3] = np.nextafter(step.logits[-1, -1, 3], np.float32(np.inf))
+            step.logits[:, 0, 3] = np.nextafter(step.logits[:, 0, 3], np.float32(np.inf))
+
+    monkeypatch.setattr(Step, "run", run)
+
+
+@pytest.mark.parametrize("which", [lambda step: step.logits.shape[1] > 1, lambda step: len(step.logits) > 1])
+def test_one_other_bit_of_a_longer_step_or_a_batch_is_seen(
+    gpt: GPT, which: Callable[[Step], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_steps_by_one_bit(monkeypatch, which)
+    assert not is_batch_invariant(gpt._session)
+
+
+def test_a_batch_has_the_ids_of_single_rows(gpt: GPT) -> None:
+    """By their bits where the kernels here give the same ones, else since each row is computed alone."""
+    random = np.random.default_rng(7)
+    rows = [random.integers(270, size=size).tolist() for size in (1, 30, 5, 17, 2, 40)]
+    single = [gpt.generate_ids(row, max_new_tokens=20) for row in rows]
+    assert gpt.generate_ids(rows, max_new_tokens=20) == single
+
+
+def test_a_batch_of_an_invariant_session_runs_in_one(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = set()
+    original = Step.run
+
+    def spy(step: Step, *arguments: Any) -> None:
+        widths.add(len(step.logits))
+        original(step, *arguments)
+
+    monkeypatch.setattr(Step, "run", spy)
+    for invariant, wanted in ((True, {3}), (False, {1})):
+        monkeypatch.setattr(Session, "is_batch_invariant", invariant)
+        widths.clear()
+        gpt.generate_ids([[1, 2], [3], [4, 5, 6]], max_new_tokens=4)
+        assert widths == wanted
+
+
+def test_a_context_too_short_to_tell_tells_nothing(bundles: Path) -> None:
+    with load(bundles / "odd") as odd:
+        assert odd.config.context_length < 9
+        assert not is_batch_invariant(odd._session)
