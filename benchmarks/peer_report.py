@@ -33,12 +33,12 @@ model has GPT-2 124M's sizes, an output head of its own and random weights; it r
 tokens; random weights choose between closer logits than trained ones, so that rounding turns more choices.
 
 Tools at their defaults but for the threads: llama.cpp holds keys and values in 16 bits and OpenVINO in 8, both at every
-precision, the others in 32. With weights of 4 bits the output head has 4 in gptedge, 6 in llama.cpp (Q6_K) and 8 in
+precision, gptedge in 8 at int8 and int4, all else in 32. With weights of 4 bits the output head has 4 in gptedge, 6 in llama.cpp (Q6_K) and 8 in
 OpenVINO, so that gptedge reads the fewest bytes of weights. "fa-off" is llama.cpp without flash attention. CTranslate2
 has no 4 bits on a CPU. The textbook loop is timed over {textbook_steps} steps, the others over {steps}.
 
-Only gptedge guesses tokens by looking back unasked, at fp32: its column of text that repeats is the best case, in which
-every guess is right. llama.cpp, OpenVINO GenAI and transformers can do so on request, which is not measured. OpenVINO
+Only gptedge guesses tokens by looking back unasked, at fp32 and int8: its column of text that repeats is the best case,
+in which every guess is right. llama.cpp, OpenVINO GenAI and transformers can do so on request, which is not measured. OpenVINO
 runs a model converted here: within a few percent of optimum-intel's at decoding, up to a fifth slower at reading
 prompts in fp32.
 """
@@ -57,6 +57,21 @@ def table(results: Results) -> Iterator[str]:
         if not all(one["loops"] for one in rounds):
             cells[[*COLUMNS].index("repetitive_tokens_per_s")] += " of another text"
         yield f"| {name} | {' | '.join(cells)} | {'yes' if same else 'no'} | {agreed:.0%} |"
+
+
+def ratios(results: Results) -> Iterator[str]:
+    """Yield the lines of a table: gptedge's medians over those of the best other tool of about the same bits."""
+    measured = {name: rounds for name, rounds in results.items() if not failure(rounds)}
+    yield f"| gptedge / best other tool | {' | '.join(label for key, label in COLUMNS.items() if 'per_s' in key)} |"
+    yield "|---" * (1 + sum("per_s" in key for key in COLUMNS)) + "|"
+    for ours, bits in (("gptedge fp32", "32"), ("gptedge int8", "8"), ("gptedge int4", "4")):
+        cells = []
+        for key in (key for key in COLUMNS if "per_s" in key):
+            speeds = {name: statistics.median(one[key] for one in rounds) for name, rounds in measured.items()}
+            others = {name: speed for name, speed in speeds.items() if "gptedge" not in name and bits in name[-10:]}
+            best = max(others, key=lambda name: others[name], default="")
+            cells.append(f"{speeds[ours] / others[best]:.2f} ({best})" if best and ours in speeds else "")
+        yield f"| {ours} | {' | '.join(cells)} |"
 
 
 def failure(rounds: list[dict[str, Any]]) -> str | None:
@@ -111,6 +126,6 @@ def write_report(results: Results, output: Path, threads: int, packages: Iterabl
     (output / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
     rounds = max(len(one) for one in results.values())
     notes = NOTES.format(rounds=rounds, steps=STEPS, textbook_steps=TEXTBOOK_STEPS)
-    lines = [*table(results), notes, *machine(threads, packages)]
+    lines = [*table(results), "", *ratios(results), notes, *machine(threads, packages)]
     (output / "peers.md").write_text("\n".join(lines) + "\n", "utf-8")
     plot(results, output / "peers.svg")

@@ -54,9 +54,10 @@ def rows(what: str, some: list[tuple[float, dict[str, float]]]) -> list[str]:
     """Lines of a table: kind of operator, milliseconds, share."""
     total = statistics.median(ms for ms, _ in some)
     kinds = {kind: statistics.median(ms.get(kind, 0.0) for _, ms in some) for kind in some[0][1]}
-    kinds["between operators"] = max(0.0, total - sum(kinds.values()))
-    largest = sorted(kinds.items(), key=lambda kind: -kind[1])
-    return [f"| {what} | {kind} | {ms:.3f} | {ms / total:.1%} |" for kind, ms in largest if ms > total / 200]
+    between = max(0.0, total - sum(kinds.values()))
+    large = {kind: ms for kind, ms in sorted(kinds.items(), key=lambda kind: -kind[1]) if ms > total / 100}
+    large |= {"other operators": sum(kinds.values()) - sum(large.values()), "between operators": between}
+    return [f"| {what} | {kind} | {ms:.3f} | {ms / total:.1%} |" for kind, ms in large.items()]
 
 
 def main() -> None:
