@@ -32,7 +32,7 @@ from peer_models import (
 )
 from peer_report import Results, write_report
 
-MAX_S = 900  # of one process
+MAX_S = 3600  # of one process; an export at int4 takes minutes
 
 
 class Peer(Protocol):

@@ -69,8 +69,10 @@ def main() -> None:
     options = parser.parse_args()
     print("| step | operator | ms | share |\n|---|---|---:|---:|")
     for length in map(int, options.lengths.split(",")):
-        done = runs(events(options.bundle, length, options.steps, options.threads))[-options.steps - 1 :]
-        print("\n".join(rows(f"prefill of {length}", done[:1]) + rows(f"decode after {length}", done[1:])))
+        _, *done = runs(events(options.bundle, length, options.steps, options.threads))  # the first is load's own
+        chunks, steps = done[: -options.steps], done[-options.steps :]
+        prefill = sum(ms for ms, _ in chunks), {kind: sum(ms[kind] for _, ms in chunks) for kind in chunks[0][1]}
+        print("\n".join(rows(f"prefill of {length}", [prefill]) + rows(f"decode after {length}", steps)))
 
 
 if __name__ == "__main__":
