@@ -105,7 +105,7 @@ def test_where_the_context_is_full_a_row_stops_by_itself(
         (b'{"id": 1, "prompt": ""}', 1, "no tokens"),
         (b'{"id": 1, "prompt": "x", "tokens": 3}', 1, "field 'tokens' is unknown"),
         (b'{"id": 1, "prompt": "x", "max_new_tokens": -1}', 1, "max_new_tokens is -1"),
-        (b'{"id": 1, "prompt": "x", "max_new_tokens": "9"}', 1, "max_new_tokens is 9"),
+        (b'{"id": 1, "prompt": "x", "max_new_tokens": "9"}', 1, "max_new_tokens is '9'"),
         (b'{"id": 1, "prompt": "x", "max_new_tokens": true}', 1, "max_new_tokens is True"),
         (b'{"id": 1, "prompt": "x", "stop": ""}', 1, "stop is ''"),
         (b'{"id": 1, "prompt": "x", "stop": 5}', 1, "stop is 5"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gptedge_runtime import GPT, InputError, Sampling, load
 from gptedge_runtime.generate import count_steps, generate
-from gptedge_runtime.session import Session, Step
+from gptedge_runtime.session import Step
 from gptedge_runtime.speculate import NGRAM, Lookup, is_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -118,7 +118,7 @@ def test_int8_drafts_where_a_step_of_several_tokens_has_the_bits_of_plain_ones(
     prompt = [1, 2, 3, 4]
     ids = prompt + run(models["int8"], prompt, 32, speculate=False)
     plain_runs = count_runs()
-    monkeypatch.setattr(Session, "is_batch_invariant", invariant)
+    monkeypatch.setattr(models["int8"]._session, "is_batch_invariant", invariant)
     monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
     assert run(models["int8"], prompt, 16, speculate=True) == ids[4:20]
     assert (count_runs() - plain_runs < 15) == invariant
