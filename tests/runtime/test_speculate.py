@@ -116,9 +116,9 @@ def test_int8_drafts_where_a_step_of_several_tokens_has_the_bits_of_plain_ones(
 ) -> None:
     """The drafts are right ones, so that each that is read saves a step."""
     prompt = [1, 2, 3, 4]
+    monkeypatch.setattr(models["int8"]._session, "is_batch_invariant", invariant)
     ids = prompt + run(models["int8"], prompt, 32, speculate=False)
     plain_runs = count_runs()
-    monkeypatch.setattr(models["int8"]._session, "is_batch_invariant", invariant)
     monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
     assert run(models["int8"], prompt, 16, speculate=True) == ids[4:20]
     assert (count_runs() - plain_runs < 15) == invariant
