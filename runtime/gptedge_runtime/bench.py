@@ -175,9 +175,9 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
     """Return what a decode step reads: every matrix once, and the keys and values of ``length`` tokens of each row.
 
     Computed from the model's sizes: 12 D^2 weights a layer and the output head, each at its precision with a float32
-    scale for each 64 weights of int8 and int4; float16 weights are float32 in memory. A head that is tied to the token
-    table has 8 bits at int4, too, and is counted as if it had 4. Left out are the embedding
-    tables, of which a step reads one line each, and norms and biases, which are under 0.1 %.
+    scale for each 64 weights of int8 and 128 of int4 (fewer in models that are narrower than 512); float16 weights are
+    float32 in memory. A head that is tied to the token table has 8 bits at int4, too, and is counted as if it had 4.
+    Left out are the embedding tables, of which a step reads one line each, and norms and biases, under 0.1 %.
     """
     weights = model.n_layers * 12 * model.emb_dim**2 + model.emb_dim * model.n_outputs
     cached = 2 * model.n_layers * model.n_heads * cache_width(model) * _CACHE_BYTES[precision]
