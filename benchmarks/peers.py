@@ -149,13 +149,15 @@ class LlamaCpp(Stepwise):
 
 
 class OpenVino(Stepwise):
-    precisions = ("fp32", "int8", "int4")
+    precisions = ("fp32", "bf16", "int8", "int4")
     packages = ("openvino", "nncf")
 
     def __init__(self, work: Path, precision: str, threads: int) -> None:
         import openvino
 
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if precision == "fp32":  # else it computes in bfloat16 where the processor can
+            options["INFERENCE_PRECISION_HINT"] = "f32"
         compiled = openvino.Core().compile_model(work / f"openvino-{precision}.xml", "CPU", options)
         self.request = compiled.create_infer_request()
 
@@ -164,7 +166,7 @@ class OpenVino(Stepwise):
         import openvino
 
         model = stateful_openvino(work)
-        if precision != "fp32":
+        if precision.startswith("int"):
             import nncf
 
             mode = {"int8": nncf.CompressWeightsMode.INT8_ASYM, "int4": nncf.CompressWeightsMode.INT4_SYM}[precision]
