@@ -6,6 +6,7 @@ In the shapes below B is the batch, T the number of tokens and V the vocabulary 
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
+from .huge_pages import huge_pages
 from .invariance import is_batch_invariant
 from .limits import POLL_S, ShouldStop, in_worker, never, until
 
@@ -61,7 +63,8 @@ class Session:
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
-        return open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
+        with nullcontext() if self.rounds_finely else huge_pages():  # longer steps gain less, and more would move
+            return open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
 
     @cached_property
     def is_batch_invariant(self) -> bool:
@@ -351,9 +354,7 @@ def open_graph(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
-    if exact or bundle.rounds_finely:
-        # float32 weights are used where they are mapped, instead of held a second time in another order; where weights
-        # are integers, MatMulNBits without its packed ones multiplies in float32 and rounds no input
+    if exact:  # without its packed weights MatMulNBits multiplies in float32 and rounds no input
         options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)

@@ -1,0 +1,53 @@
+"""Linux's huge pages for the weights: on small pages a step, which reads all weights, waits for their addresses.
+
+onnxruntime keeps a copy of the weights and asks for no huge pages, as numpy does for its arrays. Where the kernel is
+older or the system another one nothing changes.
+"""
+
+import contextlib
+import ctypes
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Timer
+
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+DELAY_S = 1.0  # moving takes some tenths of a second, which a run of a few tokens would not win back
+REST = 3  # times as long as a page took: the steps that run meanwhile need the memory, too
+_MADV_COLLAPSE = 25  # madvise(2), since Linux 6.1
+
+Region = tuple[int, int]
+"""Addresses of the first byte and of the first behind."""
+
+
+@contextlib.contextmanager
+def huge_pages() -> Iterator[None]:
+    """Move what is allocated inside to huge pages, later and in the background."""
+    before = _regions()
+    yield
+    ends, starts = dict(before), {end: start for start, end in before}
+    grown = [(ends.get(start, start), starts.get(end, end)) for start, end in _regions()]
+    if any(grown):
+        timer = Timer(DELAY_S, _collapse, [grown, int((SETTINGS / "hpage_pmd_size").read_text("ascii"))])
+        timer.daemon = True
+        timer.start()
+
+
+def _regions() -> list[Region]:
+    """Return the memory that the process may write and that no file stands behind; none where huge pages are off."""
+    setting = SETTINGS / "enabled"
+    if sys.platform != "linux" or not setting.exists() or "[never]" in setting.read_text("ascii"):
+        return []
+    fields = [line.split() for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()]
+    anonymous = [f[0].split("-") for f in fields if f[1] == "rw-p" and f[5:] in ([], ["[heap]"])]
+    return [(int(start, 16), int(end, 16)) for start, end in anonymous]
+
+
+def _collapse(regions: list[Region], page: int) -> None:
+    madvise = ctypes.CDLL(None).madvise
+    for start, end in regions:
+        for place in range(-(-start // page) * page, end - page + 1, page):
+            began = time.perf_counter()
+            madvise(ctypes.c_void_p(place), ctypes.c_size_t(page), _MADV_COLLAPSE)
+            time.sleep(REST * (time.perf_counter() - began))
