@@ -24,21 +24,29 @@ Region = tuple[int, int]
 @contextlib.contextmanager
 def huge_pages() -> Iterator[None]:
     """Move what is allocated inside to huge pages, later and in the background."""
-    before = _regions()
+    page = _page_bytes()
+    before = _regions() if page else []
     yield
     ends, starts = dict(before), {end: start for start, end in before}
-    grown = [(ends.get(start, start), starts.get(end, end)) for start, end in _regions()]
-    if any(grown):
-        timer = Timer(DELAY_S, _collapse, [grown, int((SETTINGS / "hpage_pmd_size").read_text("ascii"))])
+    grown = [(ends.get(start, start), starts.get(end, end)) for start, end in _regions()] if page else []
+    large = [(start, end) for start, end in grown if end - start >= page]
+    if large:
+        timer = Timer(DELAY_S, _collapse, [large, page])
         timer.daemon = True
         timer.start()
 
 
+def _page_bytes() -> int:
+    """Return the size of a huge page; 0 where the system has none, hides them or says never."""
+    try:
+        is_off = "[never]" in (SETTINGS / "enabled").read_text("ascii")
+        return 0 if is_off or sys.platform != "linux" else int((SETTINGS / "hpage_pmd_size").read_text("ascii"))
+    except OSError:
+        return 0
+
+
 def _regions() -> list[Region]:
-    """Return the memory that the process may write and that no file stands behind; none where huge pages are off."""
-    setting = SETTINGS / "enabled"
-    if sys.platform != "linux" or not setting.exists() or "[never]" in setting.read_text("ascii"):
-        return []
+    """Return the memory that the process may write and that no file stands behind."""
     fields = [line.split() for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()]
     anonymous = [f[0].split("-") for f in fields if f[1] == "rw-p" and f[5:] in ([], ["[heap]"])]
     return [(int(start, 16), int(end, 16)) for start, end in anonymous]

@@ -45,7 +45,7 @@ def test_what_is_allocated_inside_moves_and_keeps_its_bytes(monkeypatch: pytest.
     assert block.raw == b"\7" * SIZE
 
 
-@pytest.mark.parametrize("setting", ["always madvise [never]", None])
+@pytest.mark.parametrize("setting", ["always madvise [never]", "always [madvise] never", None])  # 2nd: no page size
 def test_nothing_moves_where_huge_pages_are_off(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str | None
 ) -> None:
