@@ -3,6 +3,7 @@
 float32 weights are packed when a bundle is opened, or used where the file is mapped; integers move to huge pages, or
 stay. A round is a process of each kind. Printed are medians (least-most) of milliseconds: of opening, of each of the
 first 64 tokens (when nothing has moved yet), and then of a step of 1 and of 8 tokens.
+BUNDLE has a context of 1,024 tokens.
 """
 
 import argparse
