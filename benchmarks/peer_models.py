@@ -15,7 +15,8 @@ LOOP = random.Random(1).sample(range(VOCAB), 16)
 """The model has learned one thing: after each of these ids comes the next, round and round."""
 REPETITIVE = LOOP * 4
 """A prompt that the model continues by repeating it, the best case of a tool that guesses tokens by looking back."""
-STEPS, TEXTBOOK_STEPS = 32, 4  # of a timed decode
+STEPS = 32  # whose ids are held against the book's loop
+TIMED_STEPS, TEXTBOOK_STEPS = 96, 4  # of a timed decode
 
 
 def random_ids(length: int, seed: int = SEED) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peer_models import STEPS, TEXTBOOK_STEPS
+from peer_models import TEXTBOOK_STEPS, TIMED_STEPS
 
 Results = dict[str, list[dict[str, Any]]]
 """Tool and precision -> the figures of each round, or a ``reason`` why there are none."""
@@ -61,18 +61,23 @@ def table(results: Results) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} | {'yes' if same else 'no'} | {agreed:.0%} |"
 
 
-def ratios(results: Results) -> Iterator[str]:
-    """Yield the lines of a table: gptedge's medians over those of the best other tool of about the same bits."""
+def ratios(results: Results, bits: dict[str, int]) -> Iterator[str]:
+    """Yield the lines of a table: gptedge's speed over that of the other tool of the same bits that is the fastest.
+
+    The fastest is the one of the largest median. The ratios are taken round by round, since a machine that is slow in
+    one is slow for both; their median is told with the least and the most.
+    """
     measured = {name: rounds for name, rounds in results.items() if not failure(rounds)}
     yield f"| gptedge / best other tool | {' | '.join(label for key, label in COLUMNS.items() if 'per_s' in key)} |"
     yield "|---" * (1 + sum("per_s" in key for key in COLUMNS)) + "|"
-    for ours, bits in (("gptedge fp32", "32"), ("gptedge int8", "8"), ("gptedge int4", "4")):
+    for ours in (name for name in measured if name.startswith("gptedge")):
+        others = [name for name in measured if bits[name] == bits[ours] and not name.startswith("gptedge")]
         cells = []
         for key in (key for key in COLUMNS if "per_s" in key):
-            speeds = {name: statistics.median(one[key] for one in rounds) for name, rounds in measured.items()}
-            others = {name: speed for name, speed in speeds.items() if "gptedge" not in name and bits in name[-10:]}
-            best = max(others, key=lambda name: others[name], default="")
-            cells.append(f"{speeds[ours] / others[best]:.2f} ({best})" if best and ours in speeds else "")
+            best = max(others, key=lambda name: statistics.median(one[key] for one in measured[name]), default=None)
+            pairs = zip(measured[ours], measured[best], strict=False) if best else ()
+            rounds = [our[key] / other[key] for our, other in pairs]
+            cells.append(f"{spread(rounds, 2)} ({best})" if best else "")
         yield f"| {ours} | {' | '.join(cells)} |"
 
 
@@ -80,9 +85,10 @@ def failure(rounds: list[dict[str, Any]]) -> str | None:
     return next((one["reason"] for one in rounds if "reason" in one), None)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int | None = None) -> str:
     middle = statistics.median(values)
-    digits = 1 if middle < 100 else 0
+    if digits is None:
+        digits = 1 if middle < 100 else 0
     return f"{middle:,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
 
 
@@ -122,12 +128,12 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
-def write_report(results: Results, output: Path, threads: int, packages: Iterable[str]) -> None:
-    """Write peers.json, peers.md and peers.svg."""
+def write_report(results: Results, bits: dict[str, int], output: Path, threads: int, packages: Iterable[str]) -> None:
+    """Write peers.json, peers.md and peers.svg; ``bits``: of a weight, by tool and precision."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
     rounds = max(len(one) for one in results.values())
-    notes = NOTES.format(rounds=rounds, steps=STEPS, textbook_steps=TEXTBOOK_STEPS)
-    lines = [*table(results), "", *ratios(results), notes, *machine(threads, packages)]
+    notes = NOTES.format(rounds=rounds, steps=TIMED_STEPS, textbook_steps=TEXTBOOK_STEPS)
+    lines = [*table(results), "", *ratios(results, bits), notes, *machine(threads, packages)]
     (output / "peers.md").write_text("\n".join(lines) + "\n", "utf-8")
     plot(results, output / "peers.svg")
