@@ -213,7 +213,8 @@ class Cache:
         """
         n_tokens = 1 + len(drafts)
         if n_tokens not in self._steps:
-            self._steps[n_tokens] = Step(self._session, self._key_values, n_tokens)
+            step = self._steps[n_tokens] = Step(self._session, self._key_values, n_tokens)
+            step.least_s = n_tokens * self._steps[1].least_s  # the first run of a size takes far longer than others
         self._step, self._n_accepted, self._is_refilled = self._steps[n_tokens], 0, False
         places = np.minimum(self._lengths, self.capacity - n_tokens)
         self._step.run(next_ids, drafts, places, should_stop)

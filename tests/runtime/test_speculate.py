@@ -136,6 +136,14 @@ def test_a_choice_that_rounding_decides_is_read_again(
     assert count_runs() - plain_runs > plain_runs
 
 
+def test_the_first_step_of_a_size_counts_at_most_as_plain_steps_for_its_tokens(models: Models) -> None:
+    cache = models["demo"]._session.new_cache(1, 64)
+    cache.prefill([[1, 2, 3]], lambda: False)
+    cache.decode([4], lambda: False)
+    cache.decode([5], lambda: False, [6] * 7)
+    assert cache.cost(8) <= 8
+
+
 @pytest.mark.parametrize("count", range(20, 40))
 def test_a_stop_between_tokens_of_one_step_is_heard(models: Models, count: int) -> None:
     prompt = list(b"a b c d e f g h " * 8)
