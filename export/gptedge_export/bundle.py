@@ -20,11 +20,11 @@ from .atomic import atomic_folder
 from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
-from .fuse import fuse
 from .graphs import CUDA_DTYPES, GRAPHS, trace
 from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
+from .reshapes import drop_reshapes
 from .verify import Check, verify
 from .vocabulary import Vocabulary
 
@@ -148,7 +148,7 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
     prepared.store(graph)
     fold_weights(graph)
     if name == "decode" and scales is not None:
-        fuse(graph, model.config.emb_dim)
+        drop_reshapes(graph, model.config.emb_dim)
     return graph
 
 

@@ -15,11 +15,11 @@ from gptedge_export import ExportError, Vocabulary, export_bundle, load_vocabula
 from gptedge_export.blocks import Blocks, block_size, round_by_inputs, round_to_nearest
 from gptedge_export.cli import command
 from gptedge_export.errors import ParityError
-from gptedge_export.fuse import fuse
 from gptedge_export.graphs import trace
 from gptedge_export.precision import prepare
 from gptedge_export.quality import MIN_TOP1_AGREEMENT, sample_texts
 from gptedge_export.quantise import quantise
+from gptedge_export.reshapes import drop_reshapes
 from gptedge_export.verify import RTOL
 from gptedge_models import GPTConfig, GPTModel, demo, load_checkpoint
 from gptedge_runtime import load
@@ -117,17 +117,15 @@ def test_a_bundle_of_the_demo_verifies_and_tells(demo_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [8, 5])
-def test_one_operator_stands_between_two_kernels(head_dim: int) -> None:
+def test_nothing_is_reshaped_between_the_kernels(head_dim: int) -> None:
     """Heads that fill no 8 channels of the cache keep the reshapes that fill them up."""
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=90, context_length=16, emb_dim=4 * head_dim, n_heads=4, n_layers=2)
     prepared = prepare(GPTModel(config), "int8", [[*range(16)]], progress=False)
     graph = trace(prepared.model, "decode", 20, prepared.cache_scales)
     prepared.store(graph)
-    fuse(graph, config.emb_dim)
+    drop_reshapes(graph, config.emb_dim)
     count = Counter(node.op_type for node in graph.graph)
-    assert (count["SkipLayerNormalization"], count["LayerNormalization"]) == ((4, 1) if head_dim == 8 else (3, 2))
-    assert count["FastGelu"] == config.n_layers
     assert count["Reshape"] == (4 if head_dim == 8 else 4 + 4 * config.n_layers)
 
 
