@@ -1,8 +1,9 @@
 """Why int8 has blocks of 64 and int4 of 128: kernels.py [--threads 2] [--layers 12] [--rounds 5].
 
 ONNX Runtime's ``MatMulNBits`` over the matrices of GPT-2 124M (its head at single steps only), for several block sizes:
-milliseconds of a step of 1, 2 and 8 tokens and tokens/s of a prompt of 512, medians of rounds in turns; and whether a
-row's outputs have the same bits alone and among others.
+milliseconds of a step of 1, 2 and 8 tokens and tokens/s of a prompt of 512, medians of rounds in turns; at how many
+GB/s a step of 1 reads its integers and scales, and those of a single layer, which stay in the processor's cache; and
+whether a row's outputs have the same bits alone and among others.
 """
 
 import argparse
@@ -52,12 +53,16 @@ def inputs(of: Any, m: int) -> dict[str, NDArray[np.float32]]:
 
 
 def ms(of: Any, m: int) -> float:
-    feeds, times = inputs(of, m), []
-    for _ in range(3 if m > 99 else 12):
+    feeds, times, end = inputs(of, m), list[float](), time.perf_counter() + 0.1
+    while time.perf_counter() < end or len(times) < 3:  # at first the threads of other sessions still wait for work
         started = time.perf_counter()
         of.run(None, feeds)
         times.append(1e3 * (time.perf_counter() - started))
     return min(times)
+
+
+def gigabytes(shapes: Sequence[tuple[int, int]], bits: int, size: int) -> float:
+    return sum(n * k for n, k in shapes) * (bits / 8 + 4 / size) / 1e9
 
 
 def is_invariant(of: Any) -> bool:
@@ -72,20 +77,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    opened = {}
+    opened, body, whole = {}, LAYER * options.layers, LAYER * options.layers + HEAD
     for case in CASES:
-        body, whole = LAYER * options.layers, LAYER * options.layers + HEAD
-        opened[case] = [session(shapes, *case, options.threads) for shapes in (whole, body)]
+        opened[case] = [session(shapes, *case, options.threads) for shapes in (whole, body, LAYER)]
     found: dict[Any, list[list[float]]] = {case: [] for case in CASES}
     for _ in range(options.rounds):
-        for case, (whole, body) in opened.items():
-            found[case].append([*(ms(whole, m) for m in (1, 2, 8)), 512e3 / ms(body, 512)])
-    print("| bits | block | 1 token, ms | 2 | 8 | prompt, tokens/s | same bits alone and among others |")
-    print("|---|---|---:|---:|---:|---:|---|")
+        for case, (all_of_it, layers, layer) in opened.items():
+            found[case].append([*(ms(all_of_it, m) for m in (1, 2, 8)), 512e3 / ms(layers, 512), ms(layer, 1)])
+    print(
+        "| bits | block | 1 token, ms | 2 | 8 | prompt, tokens/s | GB/s | in cache | same bits alone and among others |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|---:|---|")
     for (bits, size), rows in found.items():
-        one, two, eight, prompt = (statistics.median(column) for column in zip(*rows, strict=True))
+        one, two, eight, prompt, layer_ms = (statistics.median(column) for column in zip(*rows, strict=True))
+        rates = [1e3 * gigabytes(of, bits, size) / took for of, took in ((whole, one), (LAYER, layer_ms))]
         same = "yes" if is_invariant(opened[bits, size][0]) else "no"
-        print(f"| {bits} | {size} | {one:.2f} | {two:.2f} | {eight:.2f} | {prompt:,.0f} | {same} |")
+        print(f"| {bits} | {size} | {one:.2f} | {two:.2f} | {eight:.2f} | {prompt:,.0f}", end="")
+        print(f" | {rates[0]:.0f} | {rates[1]:.0f} | {same} |")
 
 
 if __name__ == "__main__":

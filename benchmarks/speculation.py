@@ -1,8 +1,9 @@
 """What prompt lookup gains or costs: speculation.py BUNDLE [--prompt TEXT ...] [--new-tokens 256] [--rounds 5].
 
 Each prompt is continued with and without drafts, in turn. A line of JSON for each: the share of the new 4-grams that
-stood in the text before, decode ms per token of either loop, least and median of the rounds, and the ratio plain /
-speculative. Exit code 1 where the two loops wrote other ids.
+stood in the text before, the steps of either loop, ms per token, least and median of the rounds, and the ratio plain /
+speculative. Where nothing is drafted the loops take the same steps, and differ by the lookup and by what else the
+machine does. Exit code 1 where the two loops wrote other ids.
 """
 
 import argparse
@@ -10,22 +11,34 @@ import json
 import statistics
 import sys
 import time
+from typing import Any
 
-from gptedge_runtime import GPT, load
+from gptedge_runtime import GPT, load, session
 from gptedge_runtime.generate import generate
+from gptedge_runtime.session import Step
 
 PROMPTS = ["One windy day, Leo", "a b c d e f g h " * 8]
 
 
-def measure(gpt: GPT, prompt: list[int], new_tokens: int, *, speculate: bool) -> tuple[list[int], float]:
-    """Return the new ids, and ms per token after the first."""
+class CountedStep(Step):
+    """Counts the steps that ran."""
+
+    count = 0
+
+    def run(self, *arguments: Any) -> None:
+        CountedStep.count += 1
+        super().run(*arguments)
+
+
+def measure(gpt: GPT, prompt: list[int], new_tokens: int, *, speculate: bool) -> tuple[list[int], float, int]:
+    """Return the new ids, ms per token after the first, and the number of steps."""
     steps = generate(
         gpt._session, [prompt], [new_tokens], sampling=None, should_stop=lambda: False, speculate=speculate
     )
-    new_ids = [next(steps)[0]]
+    new_ids, before = [next(steps)[0]], CountedStep.count
     started = time.perf_counter()
     new_ids += [step[0] for step in steps]
-    return new_ids, 1000 * (time.perf_counter() - started) / (new_tokens - 1)
+    return new_ids, 1000 * (time.perf_counter() - started) / (new_tokens - 1), CountedStep.count - before
 
 
 def repeated(prompt: list[int], new_ids: list[int]) -> float:
@@ -45,19 +58,21 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    same = True
+    same, session.Step = True, CountedStep
     with load(options.bundle) as gpt:
         for text in options.prompt or PROMPTS:
             prompt = gpt.tokenizer.encode(text)
-            runs: dict[bool, list[tuple[list[int], float]]] = {False: [], True: []}
+            runs: dict[bool, list[tuple[list[int], float, int]]] = {False: [], True: []}
             for i in range(2 * options.rounds):
                 speculate = i % 4 in (1, 2)  # neither is always the first of its pair
                 runs[speculate].append(measure(gpt, prompt, options.new_tokens, speculate=speculate))
-            plain, speculative = ([ms for _, ms in runs[speculate]] for speculate in (False, True))
-            same &= all(new_ids == runs[False][0][0] for new_ids, _ in runs[False] + runs[True])
+            plain, speculative = ([ms for _, ms, _ in runs[speculate]] for speculate in (False, True))
+            same &= all(new_ids == runs[False][0][0] for new_ids, *_ in runs[False] + runs[True])
             line = {
                 "prompt": text[:24],
                 "repeated": round(repeated(prompt, runs[False][0][0]), 3),
+                "plain_steps": runs[False][-1][2],
+                "speculative_steps": runs[True][-1][2],
                 "plain_ms": [round(min(plain), 3), round(statistics.median(plain), 3)],
                 "speculative_ms": [round(min(speculative), 3), round(statistics.median(speculative), 3)],
                 "ratio": round(statistics.median(plain) / statistics.median(speculative), 3),
