@@ -27,10 +27,11 @@ COLUMNS = {
 
 
 NOTES = """
-Tokens/s of one row, greedy; medians of {rounds} rounds (least-most), a process for each, files in the page cache. The
-model has GPT-2 124M's sizes, an output head of its own and random weights; it repeats the text that repeats. Same ids:
-33 tokens behind a prompt of 64, against the book's loop in PyTorch. Top-1 agreement: the next ids of 100 prompts of 16
-tokens; random weights choose between closer logits than trained ones, so that rounding turns more choices.
+Tokens/s of one row, greedy, after three seconds of decoding; medians of {rounds} rounds (least-most), each of them a
+process, files in the page cache. Ratios are medians of those within a round. The model has GPT-2 124M's sizes, an
+output head of its own and random weights; it repeats the text that repeats. Same ids: 33 tokens behind a prompt of 64,
+against the book's loop in PyTorch. Top-1 agreement: the next ids of 100 prompts of 16 tokens; random weights choose
+between closer logits than trained ones, so that rounding turns more choices.
 
 Tools at their defaults but for the threads: llama.cpp holds keys and values in 16 bits and OpenVINO in 8, both at every
 precision, gptedge in 8 at int8 and int4, all else in 32. With weights of 4 bits the output head has 4 in gptedge, 6 in
