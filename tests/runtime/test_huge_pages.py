@@ -1,6 +1,7 @@
 """Memory that is moved to huge pages."""
 
 import ctypes
+import mmap
 import platform
 import time
 from pathlib import Path
@@ -36,13 +37,14 @@ def has_huge_pages() -> bool:
 def test_what_is_allocated_inside_moves_and_keeps_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "DELAY_S", 0.0)
     with huge_pages.huge_pages():
-        block = ctypes.create_string_buffer(SIZE)
-        ctypes.memset(block, 7, SIZE)
+        block = mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may give what was freed before
+        block.write(b"\7" * SIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
     end = time.monotonic() + 60
-    while in_huge_pages(ctypes.addressof(block)) < SIZE // 2 // 1024 and time.monotonic() < end:
+    while in_huge_pages(address) < SIZE // 2 // 1024 and time.monotonic() < end:
         time.sleep(0.01)
-    assert in_huge_pages(ctypes.addressof(block)) >= SIZE // 2 // 1024  # both ends may fill no huge page
-    assert block.raw == b"\7" * SIZE
+    assert in_huge_pages(address) >= SIZE // 2 // 1024  # both ends may fill no huge page
+    assert block[:] == b"\7" * SIZE
 
 
 @pytest.mark.parametrize("setting", ["always madvise [never]", "always [madvise] never", None])  # 2nd: no page size
