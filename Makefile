@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml
 bundles: install  ## what the tests read, made once for all that run
 	$(BIN)/python tests/make_bundles.py build/test-bundles
 
-wheel-test: install bundles  ## the runtime's tests against the built wheel, in an environment that has never seen PyTorch
+wheel-test: install bundles  ## the runtime's tests but the longest against the built wheel, in an environment that has never seen PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
 	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest pytest-timeout hypothesis
