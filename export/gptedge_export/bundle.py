@@ -20,11 +20,12 @@ from .atomic import atomic_folder
 from .classifier import Classifier, is_classifier
 from .companions import companions
 from .errors import ExportError
-from .graphs import CUDA_DTYPES, GRAPHS, trace
+from .graphs import CUDA_DTYPES, GRAPHS
 from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .reshapes import drop_reshapes
+from .trace import trace
 from .verify import Check, verify
 from .vocabulary import Vocabulary
 

@@ -16,7 +16,8 @@ from gptedge_models import GPTConfig, GPTModel
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor
 
-from .graphs import Growing, export
+from .graphs import Growing
+from .trace import export
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 END = np.iinfo(np.int64).max

@@ -11,17 +11,8 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, TensorSpec
 from .errors import ProviderError
-from .session import (
-    Ids,
-    Logits,
-    Session,
-    cache_width,
-    compare_graphs,
-    decode_contract,
-    open_graph,
-    run_error,
-    run_options,
-)
+from .ort import compare_graphs, open_graph, run_error, run_options
+from .session import Ids, Logits, Session, cache_width, decode_contract
 
 GRAPH = "decode_cuda"
 CUDA = "CUDAExecutionProvider"

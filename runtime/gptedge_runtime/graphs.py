@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
 from .limits import in_worker, never, until
-from .session import Logits, cache_names, compare_graphs, import_onnxruntime, open_graph, run_error, run_options
+from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
+from .session import Logits, cache_names
 
 Feeds = dict[str, NDArray[Any]]
 

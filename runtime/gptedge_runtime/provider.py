@@ -14,7 +14,8 @@ import numpy as np
 from . import cuda
 from .bundle import Bundle
 from .errors import OutOfMemoryError, ProviderError
-from .session import Session, import_onnxruntime
+from .ort import import_onnxruntime
+from .session import Session
 
 _INSTALL = 'pip install "gptedge[cuda]"'
 _REINSTALL = f"pip uninstall -y onnxruntime onnxruntime-gpu, then {_INSTALL}"

@@ -3,7 +3,6 @@
 In the shapes below B is the batch, T the number of tokens and V the vocabulary size.
 """
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -14,24 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
-from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
+from .errors import BundleError
 from .huge_pages import huge_pages
 from .invariance import is_batch_invariant
 from .limits import POLL_S, ShouldStop, in_worker, never, until
+from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 128  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
-_SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int8)": "int8",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-}
 
 
 class Session:
@@ -81,7 +73,7 @@ class Session:
         try:
             return [np.zeros(shape, self.cache_dtype) for _ in self.cache_names]
         except MemoryError as error:
-            raise _out_of_memory() from error
+            raise out_of_memory() from error
 
     def forward(self, ids: Ids) -> Logits:
         """Return logits float32 (B, T, V) of all positions of ids int64 (B, T)."""
@@ -90,7 +82,7 @@ class Session:
         try:
             logits = np.empty((batch, length, self.model.n_outputs), np.float32)
         except MemoryError as error:
-            raise _out_of_memory() from error
+            raise out_of_memory() from error
         for part in split_rows([length] * batch):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
@@ -304,76 +296,6 @@ def split_rows(lengths: Sequence[int]) -> Iterator[slice]:
             start = stop
 
 
-def import_onnxruntime() -> Any:
-    """Return onnxruntime; it is imported late, so that help and usage errors need not wait for it."""
-    os.environ.pop("ORT_LOAD_CONFIG_FROM_MODEL", None)  # a model file must not bring its own session options
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ProviderError('onnxruntime is not installed: pip install "gptedge[cpu]"') from error
-    return onnxruntime
-
-
-def run_options(ort: Any) -> Any:
-    """Return the options of one run, by which it can be ended."""
-    options = ort.RunOptions()
-    options.log_severity_level = _SILENT
-    options.add_run_config_entry(
-        "gpu_graph_id", "-1"
-    )  # none; onnxruntime asks each time, and takes long over no answer
-    return options
-
-
-def run_error(error: Exception, graph: str) -> GptEdgeError:
-    """Return what to say about an exception of onnxruntime; its own text may hold paths and many lines."""
-    if _is_about_memory(error):
-        return _out_of_memory()
-    return BundleError(f"onnxruntime cannot run {graph} ({type(error).__name__}): export the bundle again")
-
-
-def _is_about_memory(error: Exception) -> bool:
-    """onnxruntime has no type for it; its texts hold one of these."""
-    return any(
-        sign in str(error) for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
-    )
-
-
-def _out_of_memory() -> OutOfMemoryError:
-    return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
-
-
-def open_graph(
-    bundle: Bundle,
-    graph: GraphSpec,
-    threads: int,
-    providers: Sequence[Any] = ("CPUExecutionProvider",),
-    *,
-    exact: bool = False,
-) -> Any:
-    """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
-    ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _SILENT
-    if exact:  # without its packed weights MatMulNBits multiplies in float32 and rounds no input
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    weights_folder = str((bundle.folder / graph.path).parent)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
-    data = bundle.read(graph.path)
-    try:
-        session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
-    except Exception as error:  # onnxruntime's own share no other base class
-        if _is_about_memory(error):
-            raise _out_of_memory() from error
-        cause = type(error).__name__
-        raise BundleError(
-            f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"
-        ) from error
-    found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
-    compare_graphs(graph.path, found, graph)
-    return session
-
-
 def cache_names(model: ModelConfig) -> list[str]:
     """Return ``0.key``, ``0.value``, ``1.key``, ..."""
     return [f"{layer}.{kind}" for layer in range(model.n_layers) for kind in ("key", "value")]
@@ -401,23 +323,3 @@ def decode_contract(model: ModelConfig, cache_dtype: str = "float32") -> GraphSp
         *(TensorSpec(f"present.{name}", cache_dtype, cache) for name in cache_names(model)),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))
-
-
-def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(a.name, _DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
-
-
-def compare_graphs(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
-    """Refuse a graph whose inputs and outputs differ by name, dtype or shape; their order is free."""
-    have, want = _by_name(found), _by_name(wanted)
-    for name in sorted(have | want):
-        if have.get(name) != want.get(name):
-            raise BundleError(
-                f"{where}: {name} is {have.get(name, 'missing')}, not {want.get(name, 'expected')}: "
-                "export the bundle again"
-            )
-
-
-def _by_name(graph: GraphSpec) -> dict[str, str]:
-    inputs = {f"input {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in graph.inputs}
-    return inputs | {f"output {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in graph.outputs}

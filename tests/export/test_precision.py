@@ -15,11 +15,11 @@ from gptedge_export import ExportError, Vocabulary, export_bundle, load_vocabula
 from gptedge_export.blocks import Blocks, block_size, round_by_inputs, round_to_nearest
 from gptedge_export.cli import command
 from gptedge_export.errors import ParityError
-from gptedge_export.graphs import trace
 from gptedge_export.precision import prepare
 from gptedge_export.quality import MIN_TOP1_AGREEMENT, sample_texts
 from gptedge_export.quantise import quantise
 from gptedge_export.reshapes import drop_reshapes
+from gptedge_export.trace import trace
 from gptedge_export.verify import RTOL
 from gptedge_models import GPTConfig, GPTModel, demo, load_checkpoint
 from gptedge_runtime import load

@@ -1,0 +1,116 @@
+"""Graphs of graphs.py to ONNX by ``torch.onnx.export``, with dynamic axes and nothing that tells of the machine."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from gptedge_models import GPTConfig, GPTModel
+from torch import Tensor
+
+from .graphs import GRAPHS, Stack, cache_names, cache_width
+
+Sample = dict[str, tuple[Tensor, dict[int, str]]]
+"""Example inputs by name, each with the names of its varying axes."""
+
+
+def _sample(name: str, config: GPTConfig) -> Sample:
+    """Batch and sequence are at least 2, since the exporter takes an axis of length 1 for a fixed one.
+
+    Each tensor is an object of its own, since it takes one object given twice for one input.
+    """
+    batch, new, past = 2, min(3, config.context_length), 5
+
+    def ids(axis: str, length: int = new) -> tuple[Tensor, dict[int, str]]:
+        return torch.zeros(batch, length, dtype=torch.int64), {0: "batch_size", 1: axis}
+
+    if name == "forward":
+        return {"input_ids": ids("sequence_length")}
+    if name == "model":
+        return {
+            "input_ids": ids("sequence_length"),
+            "attention_mask": ids("total_sequence_length", past + new),
+            "position_ids": ids("sequence_length"),
+        }
+    return {
+        "input_ids": ids("sequence_length"),
+        "position_ids": ids("sequence_length"),
+        "seqlens_k": (torch.zeros(batch, dtype=torch.int32), {0: "batch_size"}),
+        "total_sequence_length": (torch.tensor(past + new, dtype=torch.int32), {}),
+        "logit_positions": ids("logit_count", 2),
+    }
+
+
+def trace(model: GPTModel, name: str, opset: int, cache_scales: Sequence[Tensor] | None = None) -> ir.Model:
+    """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
+    config, caches = model.config, {}
+    if name != "forward":
+        dtype = torch.int8 if name == "decode" and cache_scales is not None else model.tok_emb.weight.dtype
+        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config), dtype=dtype)
+        length = "past_sequence_length" if name == "model" else "max_sequence_length"
+        caches = {"past_key_values": (cache, {0: "batch_size", 2: length})}
+    outputs = ["logits", "best_ids"] if name == "decode_cuda" else ["logits"]
+    return export(GRAPHS[name](model, cache_scales), _sample(name, config), caches, outputs, opset)
+
+
+def export(module: Stack, sample: Sample, caches: Sample, outputs: list[str], opset: int) -> ir.Model:
+    """Export a module that takes these inputs, then lists of keys and values, one tensor of which stands in ``caches``.
+
+    With a cache, ``present.*`` are the last outputs. The graph carries no stack trace, no path and no shape of an
+    intermediate value.
+    """
+    config, layers = module.config, range(module.config.n_layers)
+    past: list[Any] = [[(cache.clone(), cache.clone()) for _ in layers] for cache, _ in caches.values()]
+    past_axes: list[Any] = [[(axes, axes) for _ in layers] for _, axes in caches.values()]
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            (*(tensor for tensor, _ in sample.values()), *past),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=(*(axes for _, axes in sample.values()), *past_axes),
+            input_names=[*sample, *(name for prefix in caches for name in cache_names(prefix, config))],
+            output_names=outputs + (cache_names("present", config) if caches else []),
+            verbose=False,
+        )
+    assert program is not None
+    _strip(program.model)
+    return program.model
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove what describes the machine and not the model, and give the outputs their documented axis names."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        grown = ["total_sequence_length" if "+" in str(dim) else dim for dim in value.shape]
+        value.shape = ir.Shape(grown)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines, and its notes on operators we do not use, off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

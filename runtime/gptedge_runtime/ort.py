@@ -1,0 +1,108 @@
+"""onnxruntime: graphs opened and held against the manifest, the options of a run, and its errors in our words."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from .bundle import Bundle, GraphSpec, TensorSpec
+from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
+
+_SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
+
+
+def import_onnxruntime() -> Any:
+    """Return onnxruntime; it is imported late, so that help and usage errors need not wait for it."""
+    os.environ.pop("ORT_LOAD_CONFIG_FROM_MODEL", None)  # a model file must not bring its own session options
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ProviderError('onnxruntime is not installed: pip install "gptedge[cpu]"') from error
+    return onnxruntime
+
+
+def run_options(ort: Any) -> Any:
+    """Return the options of one run, by which it can be ended."""
+    options = ort.RunOptions()
+    options.log_severity_level = _SILENT
+    options.add_run_config_entry(
+        "gpu_graph_id", "-1"
+    )  # none; onnxruntime asks each time, and takes long over no answer
+    return options
+
+
+def run_error(error: Exception, graph: str) -> GptEdgeError:
+    """Return what to say about an exception of onnxruntime; its own text may hold paths and many lines."""
+    if _is_about_memory(error):
+        return out_of_memory()
+    return BundleError(f"onnxruntime cannot run {graph} ({type(error).__name__}): export the bundle again")
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """onnxruntime has no type for it; its texts hold one of these."""
+    return any(
+        sign in str(error) for sign in ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory")
+    )
+
+
+def out_of_memory() -> OutOfMemoryError:
+    """Return what to say where memory ran out."""
+    return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
+
+
+def open_graph(
+    bundle: Bundle,
+    graph: GraphSpec,
+    threads: int,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    *,
+    exact: bool = False,
+) -> Any:
+    """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _SILENT
+    if exact:  # without its packed weights MatMulNBits multiplies in float32 and rounds no input
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    weights_folder = str((bundle.folder / graph.path).parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
+    data = bundle.read(graph.path)
+    try:
+        session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
+    except Exception as error:  # onnxruntime's own share no other base class
+        if _is_about_memory(error):
+            raise out_of_memory() from error
+        cause = type(error).__name__
+        raise BundleError(
+            f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"
+        ) from error
+    found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
+    compare_graphs(graph.path, found, graph)
+    return session
+
+
+def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(a.name, _DTYPES.get(a.type, a.type), tuple(a.shape)) for a in arguments)
+
+
+def compare_graphs(where: str, found: GraphSpec, wanted: GraphSpec) -> None:
+    """Refuse a graph whose inputs and outputs differ by name, dtype or shape; their order is free."""
+    have, want = _by_name(found), _by_name(wanted)
+    for name in sorted(have | want):
+        if have.get(name) != want.get(name):
+            raise BundleError(
+                f"{where}: {name} is {have.get(name, 'missing')}, not {want.get(name, 'expected')}: "
+                "export the bundle again"
+            )
+
+
+def _by_name(graph: GraphSpec) -> dict[str, str]:
+    inputs = {f"input {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in graph.inputs}
+    return inputs | {f"output {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in graph.outputs}
