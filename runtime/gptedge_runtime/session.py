@@ -22,7 +22,7 @@ from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
-CHUNK_TOKENS = 128  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
+CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 
 
