@@ -20,11 +20,13 @@ COLUMNS = {
     "decode_64_tokens_per_s": "decode after 64",
     "decode_832_tokens_per_s": "decode after 832",
     "repetitive_tokens_per_s": "decode, text that repeats",
+    "new_text_tokens_per_s": "prompt of 64 and 200 new tokens",
     "load_s": "load, s",
     "first_token_s": "process start to first token, s",
     "peak_rss_mb": "peak RSS, MB",
 }
 
+TEXTBOOK = "textbook fp32"
 
 NOTES = """
 Tokens/s of one row, greedy, after three seconds of decoding; medians of {rounds} rounds (least-most), each of them a
@@ -66,20 +68,28 @@ def ratios(results: Results, bits: dict[str, int]) -> Iterator[str]:
     """Yield the lines of a table: gptedge's speed over that of the other tool of the same bits that is the fastest.
 
     The fastest is the one of the largest median. The ratios are taken round by round, since a machine that is slow in
-    one is slow for both; their median is told with the least and the most.
+    one is slow for both; their median is told with the least and the most. The textbook loop gets a line of its own.
     """
     measured = {name: rounds for name, rounds in results.items() if not failure(rounds)}
-    yield f"| gptedge / best other tool | {' | '.join(label for key, label in COLUMNS.items() if 'per_s' in key)} |"
-    yield "|---" * (1 + sum("per_s" in key for key in COLUMNS)) + "|"
-    for ours in (name for name in measured if name.startswith("gptedge")):
-        others = [name for name in measured if bits[name] == bits[ours] and not name.startswith("gptedge")]
+    speeds = {key: label for key, label in COLUMNS.items() if "per_s" in key}
+    yield f"| gptedge / best other tool | {' | '.join(speeds.values())} |"
+    yield "|---" * (1 + len(speeds)) + "|"
+
+    def line(ours: str, others: list[str]) -> str:
         cells = []
-        for key in (key for key in COLUMNS if "per_s" in key):
-            best = max(others, key=lambda name: statistics.median(one[key] for one in measured[name]), default=None)
-            pairs = zip(measured[ours], measured[best], strict=False) if best else ()
-            rounds = [our[key] / other[key] for our, other in pairs]
-            cells.append(f"{spread(rounds, 2)} ({best})" if best else "")
-        yield f"| {ours} | {' | '.join(cells)} |"
+        for key in speeds:
+            best = max(others, key=lambda name: statistics.median(one[key] for one in measured[name]))
+            pairs = zip(measured[ours], measured[best], strict=False)
+            cells.append(f"{spread([our[key] / other[key] for our, other in pairs], 2)} ({best})")
+        return f"| {ours} | {' | '.join(cells)} |"
+
+    ours = [name for name in measured if name.startswith("gptedge")]
+    apart = [*ours, TEXTBOOK]
+    for name in ours:
+        if others := [other for other in measured if bits[other] == bits[name] and other not in apart]:
+            yield line(name, others)
+    if {"gptedge fp32", TEXTBOOK} <= measured.keys():
+        yield line("gptedge fp32", [TEXTBOOK])
 
 
 def failure(rounds: list[dict[str, Any]]) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 from peer_models import (
     CHECKS,
     LOOP,
+    NEW_TOKENS,
     REPETITIVE,
     STEPS,
     TEXTBOOK_STEPS,
@@ -53,6 +54,10 @@ def measure(name: str, precision: str, work: Path, threads: int, spawned: float)
         peer.prefill(prompt)
         peer.decode(2)  # what is built at a new length is built here
         figures[f"{what}_tokens_per_s"] = count / seconds(peer.decode, count)
+    started = time.perf_counter()
+    peer.prefill(random_ids(64))
+    peer.decode(NEW_TOKENS - 1)
+    figures["new_text_tokens_per_s"] = NEW_TOKENS / (time.perf_counter() - started)
     figures["peak_rss_mb"] = peak_rss_mb()
     return {**figures, **check(peer, ids, json.loads((work / "expected.json").read_text()))}
 
