@@ -67,7 +67,8 @@ def open_graph(
     """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
     ort = import_onnxruntime()
     has_8_bit_cache = any(tensor.dtype == "int8" for tensor in graph.inputs)
-    os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] = "1" if has_8_bit_cache else "0"  # slower there, see performance.md
+    # Read as a session is made. Tiles make attention over such a cache slower, over others faster: docs/performance.md
+    os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] = "1" if has_8_bit_cache else "0"
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
