@@ -11,6 +11,7 @@ import onnxruntime as ort
 import torch
 from gptedge_models import GPTConfig, GPTModel
 from gptedge_runtime.cuda import FP16_ERROR
+from gptedge_runtime.ort import attention_of_cache
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -73,12 +74,13 @@ class Graph:
         options.enable_cpu_mem_arena = False
         if precision not in BITS:  # the kernels for integers compute otherwise without it
             options.add_session_config_entry("session.disable_prepacking", "1")
-        path = folder / "onnx" / f"{name}.onnx"
-        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.name = name
         self.config = config
         narrow = {("decode", "int8"): np.int8, ("decode", "int4"): np.int8, ("decode_cuda", "fp16"): np.float16}
         self._cache_dtype = narrow.get((name, precision), np.float32)
+        path = folder / "onnx" / f"{name}.onnx"
+        with attention_of_cache(self._cache_dtype == np.int8):
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(self, **feeds: Array) -> list[Array]:
         """Logits, then the cache."""

@@ -1,12 +1,16 @@
 """onnxruntime: graphs opened and held against the manifest, the options of a run, and its errors in our words."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from .bundle import Bundle, GraphSpec, TensorSpec
 from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
 
+_NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_environment = Lock()
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
 _DTYPES = {
     "tensor(float)": "float32",
@@ -66,9 +70,6 @@ def open_graph(
 ) -> Any:
     """Return an onnxruntime session over the verified bytes of a graph whose tensors are those of the manifest."""
     ort = import_onnxruntime()
-    has_8_bit_cache = any(tensor.dtype == "int8" for tensor in graph.inputs)
-    # Read as a session is made. Tiles make attention over such a cache slower, over others faster: docs/performance.md
-    os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] = "1" if has_8_bit_cache else "0"
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
@@ -78,7 +79,8 @@ def open_graph(
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
     data = bundle.read(graph.path)
     try:
-        session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
+        with attention_of_cache(any(tensor.dtype == "int8" for tensor in graph.inputs)):
+            session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):
             raise out_of_memory() from error
@@ -89,6 +91,23 @@ def open_graph(
     found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
     compare_graphs(graph.path, found, graph)
     return session
+
+
+@contextmanager
+def attention_of_cache(has_8_bits: bool) -> Iterator[None]:
+    """Sessions made herein attend to a cache of 8 bits without onnxruntime's tiles, and to others with them.
+
+    Tiles make it slower there, and faster elsewhere (docs/performance.md). The environment, which is where onnxruntime
+    looks as it makes a session, is afterwards as it was.
+    """
+    with _environment:
+        before = os.environ.get(_NO_TILES)
+        os.environ[_NO_TILES] = str(int(has_8_bits))
+        try:
+            yield
+        finally:
+            del os.environ[_NO_TILES]
+            os.environ |= {} if before is None else {_NO_TILES: before}
 
 
 def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:

@@ -19,7 +19,9 @@ def test_two_exports_are_byte_identical(
     tiny_model: GPTModel, tiny_bundle: Path, byte_vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
     export_bundle(tiny_model, tmp_path / "again", vocabulary=byte_vocabulary)
-    assert files(tmp_path / "again") == files(tiny_bundle)
+    again, before = files(tmp_path / "again"), files(tiny_bundle)
+    assert again.keys() == before.keys()
+    assert [name for name, data in again.items() if data != before[name]] == []
 
 
 def test_the_manifest_names_every_other_file(tiny_bundle: Path) -> None:

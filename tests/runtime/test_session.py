@@ -144,6 +144,19 @@ def test_weights_cut_short_are_refused_at_load(bundle: Path, edit: Edit) -> None
         load(edit(lambda manifest: None))
 
 
+@pytest.mark.parametrize("value", [None, "0", "1"])
+@pytest.mark.parametrize("name", ["tiny", "int8"])
+def test_the_environment_is_afterwards_as_it_was(
+    bundles: Path, name: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a session that somebody makes later would attend in another way."""
+    monkeypatch.delenv("ORT_GQA_DISABLE_FLASH_ATTENTION", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ORT_GQA_DISABLE_FLASH_ATTENTION", value)
+    load(bundles / name).close()
+    assert os.environ.get("ORT_GQA_DISABLE_FLASH_ATTENTION") == value
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
 def test_threads_out_of_range_are_refused(bundles: Path, threads: Any) -> None:
     with pytest.raises(InputError, match="threads is"):
