@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import statistics
 import sys
@@ -285,6 +286,7 @@ def _import_pyplot() -> Any:
     except ImportError as error:
         raise InputError('a plot needs matplotlib, which is not installed: pip install "gptedge[bench]"') from error
     matplotlib.use("Agg")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of caches it makes or has no room for
     import matplotlib.pyplot
 
     return matplotlib.pyplot
