@@ -1,5 +1,8 @@
 """Known answers: what the eager model said at export, kept in the bundle for ``gptedge verify``."""
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,27 +14,31 @@ from .classifier import is_classifier
 from .precision import BITS, Prepared
 from .verify import ATOL, RTOL
 
+MAX_NEW_TOKENS = 8
 SLACK, ROUNDED_SLACK = 4, 2
 """Other processors add in other orders: a bundle that travelled may differ by this many times the export's bound."""
 
-RTOL_CACHE = 2e-4
-"""Where keys and values have 8 bits, a last bit now and then turns one of them by a step: 1.2e-4 of the largest logit
-was seen."""
+NUDGE = 2e-4
+"""Of a step of the 8-bit cache: two sound float32 programs differ by up to 1e-4 before they round keys and values."""
 
 
 def known_answers(prepared: Prepared, precision: str) -> dict[str, Any]:
     """Prompts of three lengths with greedy ids and, for the prompt's last position, a sample of the logits.
 
-    At each precision they are those of the stored weights in float32. Where kernels round their inputs to 8 bits, the
-    logits that follow stand beside them, with a bound that such roundings need and that hides small changes.
+    At each precision they are those of the stored weights in float32. Where keys and values have 8 bits, a last bit may
+    turn one by a step: what that does to these logits is tried out, and widens their bound; the prompts are those, of
+    some, where it does least. Where kernels round their inputs to 8 bits, the logits that follow stand beside them,
+    with a bound that hides small changes.
     """
     model = prepared.model
     context, vocab_size = model.config.context_length, model.config.vocab_size
     random = np.random.default_rng(1)
     sizes = sorted({1, min(8, context), min(32, context)})
-    prompts = [_answer(model, precision, random.integers(vocab_size, size=size).tolist()) for size in sizes]
-    largest = max(abs(logit) for prompt in prompts for logit in prompt["logits"])
-    document = {"atol": _slack(largest, precision), "prompts": prompts}
+    n_draws = 1 if prepared.cache_scales is None else 16
+    draws = [[random.integers(vocab_size, size=size).tolist() for _ in range(n_draws)] for size in sizes]
+    answers = [_answer(prepared, min(some, key=partial(_turned, prepared))) for some in draws]
+    prompts = [prompt for prompt, _ in answers]
+    document: dict[str, Any] = {"atol": max(slack for _, slack in answers), "prompts": prompts}
     if precision in BITS:
         with prepared.as_computed():
             for prompt in prompts:
@@ -41,9 +48,40 @@ def known_answers(prepared: Prepared, precision: str) -> dict[str, Any]:
     return document
 
 
-def _slack(largest_logit: float, precision: str) -> float:
-    rtol = RTOL_CACHE if precision in BITS else RTOL[precision]
-    return SLACK * max(ATOL, rtol * largest_logit)
+def _slack(prepared: Prepared, ids: list[int], logits: Tensor) -> float:
+    """How far the last logits (V,) of ids may lie from these on another processor."""
+    return SLACK * max(ATOL, RTOL["fp32"] * float(logits.abs().max()), _turned(prepared, ids))
+
+
+def _turned(prepared: Prepared, ids: list[int]) -> float:
+    """How much the last logits of ids change where keys and values between two steps round to the other one."""
+    if prepared.cache_scales is None:
+        return 0.0
+    logits, changes = _last(prepared.model, ids), []
+    for nudge in (NUDGE, -NUDGE):
+        with _nudged(prepared.model, [nudge * scales for scales in prepared.cache_scales]):
+            changes.append(float((_last(prepared.model, ids) - logits).abs().max()))
+    return max(changes)
+
+
+@contextlib.contextmanager
+def _nudged(model: GPTModel, nudges: list[Tensor]) -> Iterator[None]:
+    """Let the model add these, (2D,) for each layer, to keys and values before it rounds them."""
+    blocks: list[Any] = [*model.trf_blocks]
+    handles = [
+        layer.register_forward_hook(partial(_add, nudge), prepend=True)  # before the hook that rounds
+        for block, both in zip(blocks, nudges, strict=True)
+        for layer, nudge in zip((block.att.W_key, block.att.W_value), both.chunk(2), strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(amount: Tensor, _: Any, __: Any, output: Tensor) -> Tensor:
+    return output + amount
 
 
 @torch.no_grad()
@@ -56,25 +94,26 @@ def _sample(logits: Tensor, ids: list[int]) -> list[float]:
     return [float(logits[i]) for i in ids]
 
 
-def _answer(model: GPTModel, precision: str, prompt: list[int], max_new_tokens: int = 8) -> dict[str, Any]:
-    """The book's loop, ended before the first choice that is too close to call on another machine.
+def _answer(prepared: Prepared, prompt: list[int]) -> tuple[dict[str, Any], float]:
+    """The book's loop, ended before the first choice that is too close to call on another machine, and the bound.
 
     A classifier's choice is no token: its loop ends after the first.
     """
-    ids, first = list(prompt), None
-    for _ in range(max_new_tokens):
-        logits = _last(model, ids)
-        first = logits if first is None else first
+    model, ids = prepared.model, list(prompt)
+    first = logits = _last(model, ids)
+    bound = slack = _slack(prepared, ids, logits)
+    while len(ids) < len(prompt) + MAX_NEW_TOKENS:
         values, indices = torch.topk(logits, min(2, len(logits)))
-        slack = _slack(float(logits.abs().max()), precision)
         if is_classifier(model) or (len(values) == 2 and float(values[0] - values[1]) <= 2 * slack):
             break
         ids.append(int(indices[0]))
-    assert first is not None
+        logits = _last(model, ids)
+        slack = _slack(prepared, ids, logits)
     sample = [*np.unique(np.linspace(0, len(first) - 1, 16).astype(int)).tolist(), int(first.argmax())]
-    return {
+    answer = {
         "token_ids": prompt,
         "new_token_ids": ids[len(prompt) :],
         "logit_ids": sample,
         "logits": _sample(first, sample),
     }
+    return answer, bound
