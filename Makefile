@@ -9,7 +9,7 @@ demo: install  ## export the demo model and let it tell a story
 	$(BIN)/gptedge generate build/demo "One windy day, Leo" -n 200
 
 test: install lint bundles  ## linters, types, import contract, all tests, in two processes
-	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
@@ -41,9 +41,9 @@ cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, wi
 	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/gpu tests/runtime/test_provider.py
 
-examples-test: install  ## the bundle in Node, a browser, C and other runtimes
+examples-test: install  ## the bundle in Node, a browser, C and other runtimes than Python's, which is among all tests
 	tests/examples/setup.sh $(BIN)/python
-	GPTEDGE_REQUIRE_HOSTS=1 $(BIN)/pytest -q tests/examples
+	GPTEDGE_REQUIRE_HOSTS=1 $(BIN)/pytest -q tests/examples -k "not python_runtime"
 
 release: install  ## the wheel, and the bill of materials of what it installs on a device
 	rm -rf dist build/sbom && $(BIN)/python -m pip wheel -q --no-deps -w dist .
