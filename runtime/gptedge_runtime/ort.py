@@ -106,8 +106,10 @@ def attention_of_cache(has_8_bits: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            del os.environ[_NO_TILES]
-            os.environ |= {} if before is None else {_NO_TILES: before}
+            if before is None:
+                del os.environ[_NO_TILES]
+            else:
+                os.environ[_NO_TILES] = before
 
 
 def _read_tensors(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
