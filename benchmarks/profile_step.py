@@ -1,8 +1,9 @@
 """Where a token's time goes, by operator: profile_step.py BUNDLE [--lengths 64,832] [--threads 2] [--steps 40].
 
 ONNX Runtime's profiler times every operator of decode steps behind that many tokens, and of the prefill of as many.
-Printed are medians by kind of operator, and what the operators do not explain. The profiler itself makes a step longer
-by some tenths of a millisecond: read the shares, and take the speed from ``gptedge bench``.
+Printed are medians by kind of operator, those in the body of a ``Scan`` among them, and what they do not explain. The
+profiler itself makes a step longer by some tenths of a millisecond: read the shares, and take the speed from ``gptedge
+bench``.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def runs(found: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
     ends = sorted((e["ts"], e["ts"] + e["dur"]) for e in found if e["name"] == "model_run")
     sums: list[dict[str, float]] = [defaultdict(float) for _ in ends]
     for event in found:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and event["args"]["op_name"] != "Scan":
             place = next(i for i, (start, end) in enumerate(ends) if start <= event["ts"] <= end)
             sums[place][event["args"]["op_name"]] += event["dur"] / 1e3
     return [((end - start) / 1e3, ms) for (start, end), ms in zip(ends, sums, strict=True)]

@@ -25,6 +25,7 @@ from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .reshapes import drop_reshapes
+from .rows import compute_by_row
 from .trace import trace
 from .verify import Check, verify
 from .vocabulary import Vocabulary
@@ -149,7 +150,7 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
     prepared.store(graph)
     fold_weights(graph)
     if name == "decode" and scales is not None:
-        drop_reshapes(graph, model.config.emb_dim)
+        (compute_by_row if precision == "int4" else drop_reshapes)(graph, model.config.emb_dim)
     return graph
 
 

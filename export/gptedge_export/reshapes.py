@@ -11,13 +11,13 @@ def drop_reshapes(model: ir.Model, width: int) -> None:
     that are filled up to a multiple of 8 need their reshapes: then all stay.
     """
     layers = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    sources = [_before_reshapes(node.inputs[0]) for node in layers]
+    sources = [before_reshapes(node.inputs[0]) for node in layers]
     if any(producer is None or producer.op_type != "MatMulNBits" for producer in map(ir.Value.producer, sources)):
         return
     first = next(node for node in model.graph if node.op_type == "LayerNormalization")
     flat = first.inputs[0]
     assert flat is not None
-    flat.replace_all_uses_with(_before_reshapes(flat))
+    flat.replace_all_uses_with(before_reshapes(flat))
     for node, source in zip(layers, sources, strict=True):
         node.replace_input_with(0, source)
         for reshape, _ in list(node.outputs[0].uses()):
@@ -31,7 +31,8 @@ def drop_reshapes(model: ir.Model, width: int) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _before_reshapes(value: ir.Value | None) -> ir.Value:
+def before_reshapes(value: ir.Value | None) -> ir.Value:
+    """What a value is but for reshapes."""
     assert value is not None
     producer = value.producer()
-    return _before_reshapes(producer.inputs[0]) if producer is not None and producer.op_type == "Reshape" else value
+    return before_reshapes(producer.inputs[0]) if producer is not None and producer.op_type == "Reshape" else value

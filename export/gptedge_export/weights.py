@@ -18,8 +18,8 @@ def save(graphs: Mapping[str, ir.Model], folder: Path) -> None:
     """
     places: dict[bytes, int] = {}
     with (folder / "model.onnx_data").open("wb") as file:
-        for graph in graphs.values():
-            for value in graph.graph.initializers.values():
+        for part in (part for graph in graphs.values() for part in graph.graphs()):
+            for value in part.initializers.values():
                 if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
                     value.const_value = _move(value.const_value, file, places, folder)
     for name, graph in graphs.items():

@@ -9,7 +9,8 @@ from .limits import never, until
 if TYPE_CHECKING:
     from .session import Session
 
-N_DECODED = 8
+N_DECODED = 16
+"""As many as the longest step with drafts reads."""
 
 
 def is_batch_invariant(session: "Session") -> bool:

@@ -17,6 +17,7 @@ from .errors import BundleError
 from .huge_pages import huge_pages
 from .invariance import is_batch_invariant
 from .limits import POLL_S, ShouldStop, in_worker, never, until
+from .mapped import let_go
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 
 Ids = NDArray[np.int64]
@@ -56,7 +57,10 @@ class Session:
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
         with nullcontext() if self.rounds_finely else huge_pages():  # longer steps gain less, and more would move
-            return open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
+            session = open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
+        if not self.rounds_finely:
+            let_go(bundle.folder)
+        return session
 
     @cached_property
     def is_batch_invariant(self) -> bool:
@@ -133,7 +137,8 @@ class Session:
         except BundleError as error:
             raise BundleError(
                 f"the graph {self.graph} cannot read token {self.model.vocab_size - 1} at position "
-                f"{self.model.context_length - 1}, the last of manifest.json's sizes: export the bundle again"
+                f"{self.model.context_length - 1}, the last of manifest.json's sizes: export the bundle again, or "
+                f"update onnxruntime {self._ort.__version__} (int8 and int4 take 1.27)"
             ) from error
 
 
@@ -178,7 +183,9 @@ class Cache:
 
     def prefill(self, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
         """Read one row of ids for each row of the cache. Raises ``Stopped``."""
-        for part in split_rows([len(row) for row in rows]):
+        lengths = [len(row) for row in rows]
+        alone = self._session.precision == "int4"  # whose kernels give a row of a prompt other bits in company
+        for part in (slice(b, b + 1) for b in range(len(rows))) if alone else split_rows(lengths):
             self.refill(part, rows[part], should_stop)
 
     def refill(self, part: slice, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:

@@ -37,6 +37,12 @@ def test_one_other_bit_of_a_longer_step_or_a_batch_is_seen(
     assert not is_batch_invariant(gpt._session)
 
 
+def test_rows_of_4_bits_have_the_same_bits_in_any_company(bundles: Path) -> None:
+    """Whatever the processor's kernels do: the graph gives them one row at a time."""
+    with load(bundles / "int4") as gpt:
+        assert is_batch_invariant(gpt._session)
+
+
 def test_a_batch_has_the_ids_of_single_rows(gpt: GPT) -> None:
     """By their bits where the kernels here give the same ones, else since each row is computed alone."""
     random = np.random.default_rng(7)

@@ -34,9 +34,15 @@ def sign(bundle: Path) -> None:
     (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
 
+def initializers(model: onnx.ModelProto) -> list[TensorProto]:
+    """Of the graph and of the bodies in it."""
+    bodies = [attribute.g for node in model.graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [tensor for graph in (model.graph, *bodies) for tensor in graph.initializer]
+
+
 def weights(bundle: Path) -> Iterator[tuple[str, Array]]:
     """Each weight that decode.onnx reads, from the file of weights or from the graph."""
-    for tensor in onnx.load(bundle / DECODE).graph.initializer:
+    for tensor in initializers(onnx.load(bundle / DECODE)):
         if tensor.data_type in WEIGHTS and tensor.dims:
             yield tensor.name, numpy_helper.to_array(tensor).copy()
 
@@ -44,7 +50,7 @@ def weights(bundle: Path) -> Iterator[tuple[str, Array]]:
 def store(bundle: Path, name: str, array: Array) -> None:
     """Put a weight where decode.onnx has it; those in the file of weights are the other graphs', too."""
     model = onnx.load(bundle / DECODE, load_external_data=False)
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor = next(tensor for tensor in initializers(model) if tensor.name == name)
     if tensor.external_data:
         place = {entry.key: entry.value for entry in tensor.external_data}
         with (bundle / DATA).open("r+b") as file:

@@ -1,0 +1,101 @@
+"""``decode.onnx`` at int4: a row of a short sequence has the bits that it has alone, a prompt is read at once."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from gptedge_export.precision import prepare
+from gptedge_export.reshapes import drop_reshapes
+from gptedge_export.rows import BY_ROW_TOKENS, compute_by_row
+from gptedge_export.trace import trace
+from gptedge_models import GPTConfig, GPTModel
+from gptedge_runtime.ort import attention_of_cache
+from gptedge_runtime.speculate import SIZES
+from numpy.typing import NDArray
+
+Graphs = tuple[GPTConfig, dict[str, ir.Model]]
+
+
+@pytest.fixture(scope="module", params=[64, 63])
+def graphs(request: pytest.FixtureRequest) -> Graphs:
+    """The same model by row and all rows at once. Its blocks have 64 weights, as in models of a useful size.
+
+    Heads of 63 channels are filled up in the cache.
+    """
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=90, context_length=40, emb_dim=8 * request.param, n_heads=8, n_layers=2)
+    prepared = prepare(GPTModel(config), "int4", [[*range(40)]], progress=False)
+    made = {}
+    for name, change in (("by row", compute_by_row), ("at once", drop_reshapes)):
+        made[name] = trace(prepared.model, "decode", 20, prepared.cache_scales)
+        prepared.store(made[name])
+        change(made[name], config.emb_dim)
+    return config, made
+
+
+def opened(graph: ir.Model) -> ort.InferenceSession:
+    with attention_of_cache(True):
+        return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def step(session: ort.InferenceSession, ids: NDArray[Any], past: int, cache: dict[str, Any]) -> NDArray[Any]:
+    """Logits (B, S, V) of ids (B, S) behind ``past`` tokens; the cache is written on."""
+    batch, size = ids.shape
+    for given in session.get_inputs():
+        if given.name.startswith("past") and given.name not in cache:
+            cache[given.name] = np.zeros((batch, given.shape[1], 40, given.shape[3]), np.int8)
+    feeds = {
+        "input_ids": ids,
+        "position_ids": np.tile(np.arange(past, past + size), (batch, 1)),
+        "seqlens_k": np.full(batch, past + size - 1, np.int32),
+        "total_sequence_length": np.array(past + size, np.int32),
+        "logit_positions": np.tile(np.arange(size), (batch, 1)),
+    }
+    logits, *present = session.run(None, feeds | cache)
+    cache.update(zip(list(cache), present, strict=True))
+    return np.asarray(logits)
+
+
+@pytest.mark.parametrize("size", [2, 7, BY_ROW_TOKENS])
+def test_tokens_read_together_have_the_bits_of_single_ones(graphs: Graphs, size: int) -> None:
+    session = opened(graphs[1]["by row"])
+    ids, cache = np.arange(size + 1)[None] * 5, dict[str, Any]()
+    together = np.concatenate([step(session, ids[:, :1], 0, cache), step(session, ids[:, 1:], 1, cache)], axis=1)
+    cache.clear()
+    for place in range(size + 1):
+        np.testing.assert_array_equal(step(session, ids[:, [place]], place, cache)[0, 0], together[0, place])
+
+
+def test_rows_of_a_batch_have_the_bits_of_single_ones(graphs: Graphs) -> None:
+    session = opened(graphs[1]["by row"])
+    ids = np.array([[3, 14], [15, 9], [26, 5]])
+    cache = dict[str, Any]()
+    batch = [step(session, ids[:, [place]], place, cache) for place in range(2)]
+    for row in range(3):
+        cache.clear()
+        for place in range(2):
+            np.testing.assert_array_equal(step(session, ids[[row]][:, [place]], place, cache)[0], batch[place][row])
+
+
+def test_a_longer_sequence_is_computed_at_once(graphs: Graphs) -> None:
+    """It has the bits of the graph that knows no rows."""
+    ids = np.arange(BY_ROW_TOKENS + 1)[None] * 5
+    by_row, at_once = (step(opened(graphs[1][name]), ids, 0, {}) for name in ("by row", "at once"))
+    np.testing.assert_array_equal(by_row, at_once)
+
+
+def test_weights_are_constants_where_they_are_used(graphs: Graphs) -> None:
+    """ONNX Runtime packs no others, and is ten times as slow."""
+    config, made = graphs
+    kernels = [node for node in made["by row"].graph.all_nodes() if node.op_type == "MatMulNBits"]
+    assert len(kernels) == 4 * config.n_layers + 1
+    for node in kernels:
+        assert node.graph is not made["by row"].graph
+        assert all(value.graph is node.graph for value in node.inputs[1:3] if value is not None)
+
+
+def test_no_step_with_drafts_is_longer_than_what_is_computed_by_row() -> None:
+    assert max(SIZES) <= BY_ROW_TOKENS
