@@ -41,8 +41,8 @@ llama.cpp (Q6_K) and 8 in OpenVINO, so that gptedge reads the fewest bytes of we
 flash attention. CTranslate2 has no 4 bits on a CPU. The textbook loop is timed over {textbook_steps} steps, the others
 over {steps}.
 
-Only gptedge guesses tokens by looking back unasked, at fp32 and int8: its column of text that repeats is the best case,
-in which every guess is right. llama.cpp, OpenVINO GenAI and transformers can do so on request, which is not measured.
+Only gptedge guesses tokens by looking back unasked: its column of text that repeats is the best case, in which every
+guess is right. llama.cpp, OpenVINO GenAI and transformers can do so on request, which is not measured.
 OpenVINO computes in bfloat16 where the processor can, unless it is told otherwise: at fp32 it is, at bf16 (the same
 file), int8 and int4 it is not. Its model is converted here: within a few percent of optimum-intel's at decoding, up to
 a fifth slower at reading prompts in fp32.
