@@ -33,7 +33,7 @@ def compute_by_row(model: ir.Model, width: int) -> None:
             reshape = node.inputs[0].producer()
             if reshape.op_type == "Reshape":  # of several the last says all
                 reshape.replace_input_with(0, before_reshapes(node.inputs[0]))
-        elif node.op_type in ("MatMulNBits", "LayerNormalization", "Gelu") or _adds_to(segment, node):
+        elif node.op_type in ("MatMulNBits", "LayerNormalization") or _goes_on(segment, node):
             segment.append(node)
     _scan(segment, shape, grouped)
     RemoveUnusedNodesPass()(model)
@@ -60,8 +60,14 @@ def _bring_in_weights(body: ir.Graph) -> None:
                 node.replace_input_with(index, own)
 
 
-def _adds_to(segment: list[ir.Node], node: ir.Node) -> bool:
-    return node.op_type == "Add" and any(value is not None and value.producer() in segment for value in node.inputs)
+def _goes_on(segment: list[ir.Node], node: ir.Node) -> bool:
+    """Whether it works on rows, too: a sum or GELU, which is several operators below opset 20."""
+    return node.op_type != "Reshape" and any(value.producer() in segment for value in node.inputs if value is not None)
+
+
+def _is_constant(value: ir.Value) -> bool:
+    producer = value.producer()
+    return value.is_initializer() or (producer is not None and producer.op_type == "Constant")
 
 
 def _scan(segment: list[ir.Node], shape: ir.Value, grouped: dict[ir.Value, ir.Value]) -> None:
@@ -70,7 +76,7 @@ def _scan(segment: list[ir.Node], shape: ir.Value, grouped: dict[ir.Value, ir.Va
     assert graph is not None
     made = [value for node in segment for value in node.outputs]
     read = dict.fromkeys(value for node in segment for value in node.inputs if value is not None)
-    given = [value for value in read if value not in made and not value.is_initializer()]
+    given = [value for value in read if value not in made and not _is_constant(value)]
     kept = [value for value in made if any(user not in segment for user, _ in value.uses())]
     users = [[(user, index) for user, index in value.uses() if user not in segment] for value in kept]
 
@@ -81,7 +87,7 @@ def _scan(segment: list[ir.Node], shape: ir.Value, grouped: dict[ir.Value, ir.Va
         for user, index in list(value.uses()):
             if user in segment:
                 user.replace_input_with(index, row)
-    graph.insert_before(segment[0], list(before.nodes))
+    graph.insert_before(segment[-1], list(before.nodes))
     graph.remove(segment)
     for value in kept:
         value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape([None, None])
