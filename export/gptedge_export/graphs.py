@@ -78,11 +78,15 @@ class Stack(nn.Module):
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Token ids (B, S) and positions (B, S) or (S,) -> (B*S, D), before the final norm."""
-        x: Tensor = self.tok_emb(input_ids) + self.pos_emb(position_ids)  # (B, S, D)
-        x = x.flatten(0, 1)  # (B*S, D)
+        x = self.embed(input_ids, position_ids)  # (B*S, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, attend)
         return x
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Token ids (B, S) and positions (B, S) or (S,) -> (B*S, D)."""
+        x: Tensor = self.tok_emb(input_ids) + self.pos_emb(position_ids)  # (B, S, D)
+        return x.flatten(0, 1)
 
     def split(self, layer: int, qkv: Tensor, batch_size: int) -> Iterator[Tensor]:
         """Packed query, key, value (B*S, 3D) -> each of them (B, n_heads, S, head_dim)."""
@@ -225,7 +229,8 @@ class Decode(Stack):
 class DecodeOnCuda(Decode):
     """``decode_cuda.onnx``: what ``decode.onnx`` computes, as CUDA can, and the most likely ids beside the logits.
 
-    CUDA's GroupQueryAttention takes float16 alone: in float32 standard operators stand in its place.
+    A decode step is as long as its kernels are many: bias, residual and norm are one operator here, and so are bias and
+    GELU. CUDA's GroupQueryAttention takes float16 alone: in float32 standard operators stand in its place.
     """
 
     def forward(  # type: ignore[override]
@@ -242,9 +247,18 @@ class DecodeOnCuda(Decode):
             attend = self.attend_in_place(batch_size, seqlens_k, total_sequence_length, past, present)
         else:
             attend = self.attend_by_standard_operators(batch_size, position_ids, past, present)
-        x = self.hidden(input_ids, position_ids, attend).view(batch_size, -1, self.config.emb_dim)  # (B, S, D)
+        blocks: list[Any] = [*self.blocks]
+        x = self.embed(input_ids, position_ids)  # (B*S, D)
+        normed = blocks[0].norm1(x)
+        for layer, block in enumerate(blocks):
+            context = F.linear(attend(layer, block.qkv(normed)), block.out_proj.weight)
+            normed, x = add_and_norm(context, block.out_proj.bias, x, block.norm2)
+            widened = F.linear(widen_and_gelu(normed, block), block.down.weight)
+            following = blocks[layer + 1].norm1 if layer + 1 < len(blocks) else self.final_norm
+            normed, x = add_and_norm(widened, block.down.bias, x, following)
+        normed = normed.view(batch_size, -1, self.config.emb_dim)  # (B, S, D)
         wanted = logit_positions[..., None].expand(-1, -1, self.config.emb_dim)
-        logits = self.out_head(self.final_norm(x.gather(1, wanted).flatten(0, 1))).float()  # (B * logit_count, V)
+        logits = self.out_head(normed.gather(1, wanted).flatten(0, 1)).float()  # (B * logit_count, V)
         logits = logits.view(*logit_positions.shape, self.out_head.out_features)
         return logits, best_ids(logits), present
 
@@ -272,6 +286,30 @@ class DecodeOnCuda(Decode):
             return context.view(-1, config.n_heads, width)[..., : config.head_dim].flatten(1)  # (B*S, D)
 
         return attend
+
+
+def add_and_norm(x: Tensor, bias: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """``com.microsoft::SkipLayerNormalization``: (B*S, D) -> ``norm`` of ``x + bias + residual``, and that sum."""
+    columns = (x.shape[0], 1)
+    out: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::SkipLayerNormalization",
+        [x, residual, norm.weight, norm.bias, bias],
+        {"epsilon": norm.eps},
+        dtypes=[x.dtype, torch.float32, torch.float32, x.dtype],
+        shapes=[x.shape, columns, columns, x.shape],
+        version=1,
+    )
+    return out[0], out[3]
+
+
+def widen_and_gelu(x: Tensor, block: Any) -> Tensor:
+    """A block's wide layer and its GELU, (B*S, D) -> (B*S, 4D); ``com.microsoft::FastGelu`` is the one by tanh."""
+    if block.gelu != "tanh":
+        return F.gelu(block.up(x))
+    x = F.linear(x, block.up.weight)  # (B*S, 4D)
+    inputs = [x, block.up.bias]
+    out: Tensor = torch.onnx.ops.symbolic("com.microsoft::FastGelu", inputs, dtype=x.dtype, shape=x.shape, version=1)
+    return out
 
 
 def best_ids(logits: Tensor) -> Tensor:

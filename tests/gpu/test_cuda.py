@@ -27,6 +27,7 @@ from gptedge_runtime.verify import verify
 OpenOn = Callable[[str, str], GPT]
 
 MIN_TOP1_FP16 = 0.98
+MAX_ERROR_FP16 = 0.02  # of the largest logit
 SHAPES_ONLY = {
     "Shape",
     "Concat",
@@ -80,6 +81,14 @@ def test_logits_of_steps_are_within_the_bound_at_every_length(
 ) -> None:
     logits = logits_step_by_step(open_on(precision, device), eager.ids)
     assert np.abs(logits - eager.logits).max() <= bound(precision, eager)
+
+
+def test_outliers_of_the_residual_stream_do_not_overflow(cuda_bundles: Path, device: str) -> None:
+    """GPT-2's reach thousands, whose squares float16 does not hold."""
+    bundle, answers = open_bundle(cuda_bundles / "outliers"), np.load(cuda_bundles / "outliers.npz")
+    with GPT(load_tokenizer(bundle), CudaSession(bundle, threads=1, device=device)) as gpt:
+        difference = np.abs(gpt.logits(answers["ids"]) - answers["logits"]).max()
+    assert difference <= MAX_ERROR_FP16 * np.abs(answers["logits"]).max()
 
 
 def test_fp16_prefers_the_same_tokens(open_on: OpenOn, device: str, eager: Any) -> None:
