@@ -1,18 +1,22 @@
 """decode_cuda.onnx on a GPU: caches, ids and logits stay in its memory, and a step gives back one id for each row."""
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, TensorSpec
-from .errors import ProviderError
-from .ort import compare_graphs, open_graph, run_error, run_options
-from .session import Ids, Logits, Session, cache_width, decode_contract
+from .errors import OutOfMemoryError, ProviderError
+from .limits import ShouldStop, wait_for
+from .ort import NOT_CAPTURED, compare_graphs, open_graph, run_error, run_options
+from .session import Cache, Ids, Logits, Session, cache_width, decode_contract
+
+T = TypeVar("T")
 
 GRAPH = "decode_cuda"
 CUDA = "CUDAExecutionProvider"
@@ -24,6 +28,10 @@ FIXED = "logit_positions"
 
 FP16_ERROR = 1000
 """How much further than float32 the logits of float16 activations may be from the model's: 0.02 of the largest one."""
+
+_gpu = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gptedge-gpu")
+"""The one thread that uses the GPU. For each thread onnxruntime keeps captured steps and handles of libraries to the
+session's end; and while a step is captured, no other thread may reach for the GPU."""
 
 _CACHE_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
@@ -46,29 +54,25 @@ def quiet(ort: Any) -> Iterator[None]:
 
 
 class CudaSession(Session):
-    """A session whose arrays are on the GPU.
+    """A session whose arrays are on the GPU, and whose decode steps are captured as CUDA graphs and replayed.
 
-    ``device`` ``cpu`` runs the same graph in the same way on the CPU, to verify it where there is no GPU. ``capture``
-    replays each decode step as one CUDA graph; a captured step holds its memory as long as the session lives, so it is
-    for programs that decode with one cache.
+    A captured step belongs to one place in memory, and onnxruntime frees none: caches that are closed are kept for the
+    next ones of their batch size. ``device`` ``cpu`` runs the same graph in the same way on the CPU, to verify it where
+    there is no GPU.
     """
 
     graph = GRAPH
     holds_batches = False
     places_are_positions = True
+    max_kept_bytes = 8 << 30
+    """Of caches with captured steps. Beyond it, and where memory does not suffice, caches are as long as need be."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int,
-        timeout_s: float | None = None,
-        device: str = "cuda",
-        capture: bool = False,
-    ) -> None:
-        self.device, self.capture = device, capture
+    def __init__(self, bundle: Bundle, *, threads: int, timeout_s: float | None = None, device: str = "cuda") -> None:
+        self.device = device
         self._cache_dtype = _CACHE_DTYPES.get(bundle.precision, np.dtype(np.float32))
-        self._graph_ids = itertools.count(1)
+        self._kept: dict[int, list[Cache]] = {}
+        self._kept_bytes = self._n_captured = 0
+        self._lock = Lock()
         super().__init__(bundle, provider=device, threads=threads, timeout_s=timeout_s)
         self.rounds_finely = False  # no bound says where a GPU's last bits turn a choice: no drafts
 
@@ -80,25 +84,60 @@ class CudaSession(Session):
         options = {
             "device_id": "0",
             "use_tf32": "0",  # float32 means float32
+            "enable_skip_layer_norm_strict_mode": "1",  # sums in float32: of float16 the squares of outliers exceed it
             "arena_extend_strategy": "kSameAsRequested",
-            "enable_cuda_graph": str(int(self.capture)),
+            "enable_cuda_graph": "1",
         }
         with quiet(self._ort):
-            session = open_graph(bundle, bundle.graphs[GRAPH], threads, [(CUDA, options), "CPUExecutionProvider"])
+            providers = [(CUDA, options), "CPUExecutionProvider"]
+            session = on_gpu(lambda: open_graph(bundle, bundle.graphs[GRAPH], threads, providers))
         if (active := session.get_providers()[0]) != CUDA:
             raise ProviderError(f"provider cuda: onnxruntime opened the bundle on {active}: see nvidia-smi for memory")
         return session
 
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Return an empty cache: one that is kept for this batch size, or a new one, which is kept if it may be."""
+        with self._lock:
+            kept = self._kept.setdefault(batch, [])
+            if kept:
+                cache = kept.pop()
+                cache.shorten(0)
+                return cache
+            n_bytes = batch * self.model.context_length * self._bytes_per_token
+            if self._kept_bytes + n_bytes <= self.max_kept_bytes:
+                with contextlib.suppress(OutOfMemoryError):
+                    graph_id = self._n_captured + 1
+                    key_values = self._new_key_values(batch, self.model.context_length, graph_id)
+                    self._kept_bytes, self._n_captured = self._kept_bytes + n_bytes, graph_id
+                    return Cache(self, key_values)
+        return super().new_cache(batch, capacity)
+
+    def take_back(self, cache: Cache) -> None:
+        """Keep a cache whose step is captured for the next one of its batch size."""
+        if cache.is_finite and cache.key_values[0].graph_id != NOT_CAPTURED:
+            self._kept[len(cache.key_values[0])].append(cache)
+
     def new_key_values(self, batch: int, capacity: int) -> list[Any]:
         """Return one zeroed array (B, n_heads, capacity, cache_width) on the device for each of ``cache_names``."""
+        return self._new_key_values(batch, capacity, graph_id=NOT_CAPTURED)
+
+    def _new_key_values(self, batch: int, capacity: int, graph_id: int) -> list[Any]:
         shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
-        return [self._to_device(np.zeros(shape, self._cache_dtype)) for _ in self.cache_names]
+        return on_gpu(lambda: [self._to_device(np.zeros(shape, self._cache_dtype), graph_id) for _ in self.cache_names])
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return len(self.cache_names) * self.model.n_heads * cache_width(self.model) * self._cache_dtype.itemsize
 
     def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[Any], logits: Logits) -> "Binding":
         """Return a binding over these arrays; what the feeds hold is copied to the device by each run."""
-        binding, graph_id = self._session.io_binding(), self._next_graph_id(feeds)
+        return on_gpu(lambda: self._bind(feeds, key_values, logits))
+
+    def _bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[Any], logits: Logits) -> "Binding":
+        binding = self._session.io_binding()
+        graph_id = key_values[0].graph_id if feeds["input_ids"].shape[1] == 1 else NOT_CAPTURED
         # a captured step reads this number once, so it gets the largest; each row's own length is in seqlens_k
-        longest = np.array(key_values[0].shape[2], np.int32) if graph_id > 0 else feeds[ON_HOST]
+        longest = feeds[ON_HOST] if graph_id == NOT_CAPTURED else np.array(key_values[0].shape[2], np.int32)
         total = self._ort.OrtValue.ortvalue_from_numpy(longest)
         binding.bind_ortvalue_input(ON_HOST, total)
         there = {name: self._to_device(array.copy()) for name, array in feeds.items() if name != ON_HOST}
@@ -108,44 +147,47 @@ class CudaSession(Session):
             self._bind_input(binding, f"past_key_values.{name}", array)
             self._bind_output(binding, f"present.{name}", array)
         logits_there = self._to_device(np.empty_like(logits))
-        best_ids = self._to_device(np.zeros(logits.shape[:2], np.int64))
+        best_ids_there = self._to_device(np.zeros(logits.shape[:2], np.int64))
         self._bind_output(binding, "logits", logits_there)
-        self._bind_output(binding, "best_ids", best_ids)
+        self._bind_output(binding, "best_ids", best_ids_there)
         changing = [(feeds[name], array) for name, array in there.items() if name != FIXED]
         kept = [total, there[FIXED], *key_values]
-        return Binding(binding, changing, logits, logits_there, best_ids, kept, graph_id)
+        options = run_options(self._ort, graph_id)
+        return Binding(binding, options, changing, logits, logits_there, best_ids_there, kept, graph_id)
 
     def run(self, binding: Any, options: Any = None) -> None:
-        """Run a binding; its logits stay on the device until :meth:`read_logits`."""
+        """Run a binding and read the most likely ids; its logits stay on the device until :meth:`read_logits`."""
+        on_gpu(lambda: self._run(binding, options or binding.options))
+
+    def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
+        """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises ``Stopped``."""
+        options = run_options(self._ort, binding.graph_id)
+        wait_for(_gpu.submit(self._run, binding, options), options, should_stop)
+
+    def _run(self, binding: "Binding", options: Any) -> None:
         for here, there in binding.inputs:
             there.value.update_inplace(here)
-        if self.capture:
-            options = options or run_options(self._ort)
-            options.add_run_config_entry("gpu_graph_id", str(binding.graph_id))
         super().run(binding.io, options)
+        binding.best_ids = binding.best_ids_there.value.numpy()
         binding.is_read = False
 
     def read_logits(self, binding: Any) -> None:
         """Copy the logits of the last run to the array that was bound for them, unless they are there."""
         if not binding.is_read:
-            np.copyto(binding.logits, binding.logits_there.value.numpy())
+            np.copyto(binding.logits, on_gpu(binding.logits_there.value.numpy))
             binding.is_read = True
 
     def read_best_ids(self, binding: Any) -> Ids | None:
         """Return the most likely ids of the last run, int64 (B, T); -1 where a logit is not finite."""
-        ids: Ids = binding.best_ids.value.numpy()
+        ids: Ids | None = binding.best_ids
         return ids
 
-    def _next_graph_id(self, feeds: dict[str, NDArray[Any]]) -> int:
-        """Only a step of one token comes again in the same shape and place: -1 captures nothing."""
-        return next(self._graph_ids) if self.capture and feeds["input_ids"].shape[1] == 1 else -1
-
-    def _to_device(self, array: NDArray[Any]) -> "DeviceArray":
+    def _to_device(self, array: NDArray[Any], graph_id: int = NOT_CAPTURED) -> "DeviceArray":
         try:
             value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
         except Exception as error:  # onnxruntime's own share no other base class
             raise run_error(error, f"the graph {GRAPH}") from error
-        return DeviceArray(value, array.shape, array.dtype, value.data_ptr())
+        return DeviceArray(value, array.shape, array.dtype, value.data_ptr(), graph_id)
 
     def _bind_input(self, binding: Any, name: str, array: "DeviceArray") -> None:
         binding.bind_input(name, self.device, 0, array.dtype.type, list(array.shape), array.pointer)
@@ -154,14 +196,23 @@ class CudaSession(Session):
         binding.bind_output(name, self.device, 0, array.dtype.type, list(array.shape), array.pointer)
 
 
+def on_gpu(work: Callable[[], T]) -> T:
+    """Return what ``work`` returns in the one thread that uses the GPU."""
+    return _gpu.submit(work).result()
+
+
 @dataclass(frozen=True)
 class DeviceArray:
-    """An array on the device, or rows of one; ``value`` keeps the memory of all its rows."""
+    """An array on the device, or rows of one; ``value`` keeps the memory of all its rows.
+
+    ``graph_id`` is onnxruntime's number of the step that is captured over all of it.
+    """
 
     value: Any
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     pointer: int
+    graph_id: int = NOT_CAPTURED
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -177,10 +228,12 @@ class Binding:
     """An IO binding, with arrays on this side and on the device's; ``kept`` is what else its pointers need alive."""
 
     io: Any
+    options: Any
     inputs: list[tuple[NDArray[Any], DeviceArray]]
     logits: Logits
     logits_there: DeviceArray
-    best_ids: DeviceArray
+    best_ids_there: DeviceArray
     kept: list[Any]
     graph_id: int
+    best_ids: Ids | None = None
     is_read: bool = True

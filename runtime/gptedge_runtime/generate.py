@@ -1,6 +1,7 @@
 """The loop: ids in, ids out. It knows no text."""
 
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -124,24 +125,24 @@ def _run(
     ends = [len(row) + steps for row, steps in zip(rows, n_steps, strict=True)]
     seeds = np.random.SeedSequence(sampling.seed if sampling else 0).spawn(len(rows))
     randoms = [np.random.default_rng(seed) for seed in seeds]
-    cache = session.new_cache(len(rows), min(context_length, max(ends)))
-    decode: Decode = cache.decode
-    is_greedy = sampling is None or sampling.temperature == 0
-    if speculate and is_greedy and len(rows) == 1 and session.holds_batches:
-        decode = Speculation(session, cache, rows[0]).decode
-    running = [b for b, steps in enumerate(n_steps) if steps]
-    while running:
-        if should_stop():
-            raise Stopped
-        _read_on(cache, decode, rows, running, context_length, should_stop)
-        if is_greedy and len(rows) > 1 and session.holds_batches and not session.is_batch_invariant:
-            close.update(b for b in running if is_close(cache.logits[b]))
-            running = [b for b in running if b not in close]
-        step = choose(cache, running, sampling, randoms)
-        for b, token_id in step.items():
-            rows[b].append(token_id)
-        yield step
-        running = [b for b in running if len(rows[b]) < ends[b] and b not in given_up]
+    with closing(session.new_cache(len(rows), min(context_length, max(ends)))) as cache:
+        decode: Decode = cache.decode
+        is_greedy = sampling is None or sampling.temperature == 0
+        if speculate and is_greedy and len(rows) == 1 and session.holds_batches:
+            decode = Speculation(session, cache, rows[0]).decode
+        running = [b for b, steps in enumerate(n_steps) if steps]
+        while running:
+            if should_stop():
+                raise Stopped
+            _read_on(cache, decode, rows, running, context_length, should_stop)
+            if is_greedy and len(rows) > 1 and session.holds_batches and not session.is_batch_invariant:
+                close.update(b for b in running if is_close(cache.logits[b]))
+                running = [b for b in running if b not in close]
+            step = choose(cache, running, sampling, randoms)
+            for b, token_id in step.items():
+                rows[b].append(token_id)
+            yield step
+            running = [b for b in running if len(rows[b]) < ends[b] and b not in given_up]
 
 
 def _read_on(

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,20 +40,25 @@ class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error
 
 
 def in_worker(run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
-    """Run onnxruntime, with these run options, in a thread while this one waits: onnxruntime hears no signal.
+    """Run onnxruntime, with these run options, in a thread while this one waits: onnxruntime hears no signal."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        return wait_for(worker.submit(run), options, should_stop)
+
+
+def wait_for(running: Future[T], options: Any, should_stop: ShouldStop) -> T:
+    """Return what a run with these options in another thread returns.
 
     Ctrl-C ends the run, and so do ``should_stop``, which raises :class:`Stopped`, and what it raises itself.
     """
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        try:
-            running = worker.submit(run)
-            while not should_stop():
-                if wait([running], timeout=POLL_S).done:
-                    return running.result()
-            raise Stopped
-        except BaseException:
-            options.terminate = True
-            raise
+    try:
+        while not should_stop():
+            if wait([running], timeout=POLL_S).done:
+                return running.result()
+        raise Stopped
+    except BaseException:
+        options.terminate = True
+        wait([running])
+        raise
 
 
 def count_threads(threads: int | None) -> int:

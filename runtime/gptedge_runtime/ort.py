@@ -11,6 +11,7 @@ from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
 
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = Lock()
+NOT_CAPTURED = -1
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
 _DTYPES = {
     "tensor(float)": "float32",
@@ -31,13 +32,11 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def run_options(ort: Any) -> Any:
-    """Return the options of one run, by which it can be ended."""
+def run_options(ort: Any, graph_id: int = NOT_CAPTURED) -> Any:
+    """Return the options of one run, by which it can be ended; ``graph_id`` numbers the CUDA graph that it is."""
     options = ort.RunOptions()
     options.log_severity_level = _SILENT
-    options.add_run_config_entry(
-        "gpu_graph_id", "-1"
-    )  # none; onnxruntime asks each time, and takes long over no answer
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))  # onnxruntime asks each time, and long over no answer
     return options
 
 

@@ -83,7 +83,7 @@ def why_not_cuda() -> str | None:
     _preload(ort)
     try:
         with cuda.quiet(ort):
-            ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
+            cuda.on_gpu(lambda: ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0))
     except Exception:  # onnxruntime's own share no other base class, and its text is one of C++
         return _missing(ort)
     return None

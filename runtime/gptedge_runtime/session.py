@@ -69,7 +69,10 @@ class Session:
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""
-        return Cache(self, batch, capacity)
+        return Cache(self, self.new_key_values(batch, capacity))
+
+    def take_back(self, cache: "Cache") -> None:
+        """Take back what a cache holds that nobody uses any more; on the CPU its memory goes by itself."""
 
     def new_key_values(self, batch: int, capacity: int) -> list[Any]:
         """Return one zeroed array (B, n_heads, capacity, cache_width) for each entry of ``cache_names``."""
@@ -145,15 +148,16 @@ class Session:
 class Cache:
     """Keys and values of B rows, kept in place."""
 
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+    def __init__(self, session: Session, key_values: list[Any]) -> None:
         self._session = session
-        self.capacity = capacity
+        self.key_values = key_values
+        batch, _, self.capacity, _ = key_values[0].shape
         self._lengths = np.zeros(batch, np.int64)
-        self._key_values = session.new_key_values(batch, capacity)
         self._steps: dict[int, Step] = {}
-        self._step = self._steps[1] = Step(session, self._key_values, 1)
+        self._step = self._steps[1] = Step(session, self.key_values, 1)
         self._n_accepted = 0
         self._is_refilled = False
+        self.is_finite = True
 
     @property
     def logits(self) -> Logits:
@@ -172,6 +176,7 @@ class Cache:
             best = best[:, self._n_accepted]
             is_finite = best[rows] >= 0
         if not is_finite.all():
+            self.is_finite = False
             raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
         ids: Ids = best[rows]
         return ids
@@ -192,7 +197,7 @@ class Cache:
         """Read ids in the place of what these rows of the cache held. Raises ``Stopped``."""
         self._step, self._n_accepted, self._is_refilled = self._steps[1], 0, True
         self._step.read_logits()  # those of the other rows stay
-        key_values = [array[part] for array in self._key_values]
+        key_values = [array[part] for array in self.key_values]
         longest = max(len(row) for row in rows)
         size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
         for start in range(0, longest, size):
@@ -212,12 +217,16 @@ class Cache:
         """
         n_tokens = 1 + len(drafts)
         if n_tokens not in self._steps:
-            step = self._steps[n_tokens] = Step(self._session, self._key_values, n_tokens)
+            step = self._steps[n_tokens] = Step(self._session, self.key_values, n_tokens)
             step.least_s = n_tokens * self._steps[1].least_s  # the first run of a size takes far longer than others
         self._step, self._n_accepted, self._is_refilled = self._steps[n_tokens], 0, False
         places = np.minimum(self._lengths, self.capacity - n_tokens)
         self._step.run(next_ids, drafts, places, should_stop)
         self._lengths = places + 1
+
+    def close(self) -> None:
+        """Give it back: it must not be used again, though that is not checked."""
+        self._session.take_back(self)
 
     def accept(self) -> None:
         """Append the next draft of the last step; its logits are there already."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +248,30 @@ def test_nothing_but_shapes_is_computed_on_the_cpu(cuda_bundles: Path, precision
     assert on_cpu <= SHAPES_ONLY
 
 
-@pytest.mark.cuda
-def test_captured_steps_have_the_ids_of_plain_ones(cuda_bundles: Path, open_on: OpenOn, eager: Any) -> None:
-    bundle = open_bundle(cuda_bundles / "fp16")
-    with GPT(load_tokenizer(bundle), CudaSession(bundle, threads=1, capture=True)) as gpt:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_that_are_not_captured_have_the_same_ids(
+    cuda_bundles: Path, open_on: OpenOn, device: str, eager: Any, precision: str
+) -> None:
+    bundle = open_bundle(cuda_bundles / precision)
+    session = CudaSession(bundle, threads=1, device=device)
+    session.max_kept_bytes = 0
+    with GPT(load_tokenizer(bundle), session) as plain:
         for prompt in eager.prompts[:5]:
-            captured = gpt.generate_ids(prompt, max_new_tokens=40)
-            assert captured == open_on("fp16", "cuda").generate_ids(prompt, max_new_tokens=40)
+            captured = open_on(precision, device).generate_ids(prompt, max_new_tokens=40)
+            assert captured == plain.generate_ids(prompt, max_new_tokens=40)
+
+
+def test_a_cache_that_is_closed_serves_the_next_of_its_batch_size(open_on: OpenOn, device: str) -> None:
+    session = open_on("fp32", device)._session
+    first = session.new_cache(5, 8)
+    second = session.new_cache(5, 8)
+    first.close()
+    assert session.new_cache(6, 8) not in (first, second)
+    assert session.new_cache(5, 8) is first
+
+
+def test_threads_at_once_have_the_ids_of_one_after_the_other(open_on: OpenOn, device: str, eager: Any) -> None:
+    gpt = open_on("fp32", device)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        jobs = [pool.submit(gpt.generate_ids, prompt, max_new_tokens=40) for prompt in eager.prompts * 3]
+    assert [job.result() for job in jobs] == [ids[:40] for ids in eager.new * 3]
