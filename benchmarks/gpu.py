@@ -82,32 +82,36 @@ def time_round(engine: Engine, one: Series, config: GPTConfig, context: int, ste
 def measure(args: argparse.Namespace, model: GPTModel) -> list[Series]:
     series: list[Series] = []
     for precision in args.precisions:
-        engines: dict[str, Engine | str] = {}
-        for name in args.only:
-            try:
-                engines[name] = ENGINES[name](args.work, model, precision, args.device)
-            except Exception as error:
-                engines[name] = reason(error)
         for batch in args.batches:
-            block = {name: Series(name, precision, batch, [], []) for name in engines}
-            first: dict[str, list[int]] = {}
-            for _ in range(args.rounds):
-                for name, engine in engines.items():
-                    if isinstance(engine, str):
-                        block[name].reason = engine
-                    elif block[name].reason is None:
-                        try:
-                            first[name] = time_round(engine, block[name], model.config, args.context, args.steps)
-                        except Exception as error:
-                            block[name].reason = reason(error)
-            for name, ids in first.items():
-                if BASE in first:
-                    same = [a == b for a, b in zip(ids, first[BASE], strict=True)]
-                    block[name].agreement = sum(same) / len(same)
+            block = measure_block(args, model, precision, batch)
             series += block.values()
             for one in block.values():
                 print(line(one, block.get(BASE), model.config, args, 1.0), flush=True)
     return series
+
+
+def measure_block(args: argparse.Namespace, model: GPTModel, precision: str, batch: int) -> dict[str, Series]:
+    """Return the times of all engines, opened anew, at one precision and batch."""
+    block = {name: Series(name, precision, batch, [], []) for name in args.only}
+    engines: dict[str, Engine] = {}
+    first: dict[str, list[int]] = {}
+    for name, one in block.items():
+        try:
+            engines[name] = ENGINES[name](args.work, model, precision, args.device)
+        except Exception as error:
+            one.reason = reason(error)
+    for _ in range(args.rounds):
+        for name, engine in engines.items():
+            if block[name].reason is None:
+                try:
+                    first[name] = time_round(engine, block[name], model.config, args.context, args.steps)
+                except Exception as error:
+                    block[name].reason = reason(error)
+    for name, ids in first.items():
+        if BASE in first:
+            same = [a == b for a, b in zip(ids, first[BASE], strict=True)]
+            block[name].agreement = sum(same) / len(same)
+    return block
 
 
 def reason(error: Exception) -> str:
@@ -212,6 +216,7 @@ def main() -> None:
     if args.device == "cuda" and (obstacle := why_not_cuda()):
         raise SystemExit(f"error: {obstacle}")
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans each new length for tens of milliseconds
     config = TINY if args.tiny else CONFIGS["gpt2-small"]
     args.work.mkdir(parents=True, exist_ok=True)
     args.output.mkdir(parents=True, exist_ok=True)

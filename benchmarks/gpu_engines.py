@@ -37,15 +37,15 @@ class Engine(Protocol):
 
 
 class GptEdge:
-    """The bundle's graph for CUDA; ``capture``: each step is replayed as one CUDA graph."""
-
-    capture = False
+    """The bundle's graph for CUDA."""
 
     def __init__(self, work: Path, model: GPTModel, precision: str, device: str) -> None:
         bundle = open_bundle(work / f"bundle-{precision}")
-        self.session = CudaSession(bundle, threads=2, device=device, capture=self.capture and device == "cuda")
+        self.session = CudaSession(bundle, threads=2, device=device)
 
     def prefill(self, rows: Rows, capacity: int) -> list[int]:
+        if hasattr(self, "cache"):
+            self.cache.close()
         self.rows = list(range(len(rows)))
         self.cache = self.session.new_cache(len(rows), capacity)
         self.cache.prefill(rows, never)
@@ -60,8 +60,12 @@ class GptEdge:
         return self.next_ids
 
 
-class GptEdgeCaptured(GptEdge):
-    capture = True
+class GptEdgeUncaptured(GptEdge):
+    """The same with no step captured: onnxruntime starts each kernel."""
+
+    def __init__(self, work: Path, model: GPTModel, precision: str, device: str) -> None:
+        super().__init__(work, model, precision, device)
+        self.session.max_kept_bytes = 0
 
 
 class TorchModel(Stack):
@@ -112,7 +116,8 @@ class TorchCompiled:
     def __init__(self, work: Path, model: GPTModel, precision: str, device: str) -> None:
         self.device, self.dtype = device, DTYPES[precision]
         self.model = TorchModel(copy.deepcopy(model)).to(device, self.dtype).eval()
-        self.compiled = torch.compile(self._next, mode="reduce-overhead", fullgraph=True)
+        torch._dynamo.reset()  # what was compiled for another batch does not count against this one
+        self.compiled = torch.compile(self._next, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def prefill(self, rows: Rows, capacity: int) -> list[int]:
         config = self.model.config
@@ -197,7 +202,7 @@ class GenAi:
 
 ENGINES: dict[str, Callable[[Path, GPTModel, str, str], Engine]] = {
     "gptedge": GptEdge,
-    "gptedge, captured": GptEdgeCaptured,
+    "gptedge, uncaptured": GptEdgeUncaptured,
     "torch eager": TorchEager,
     "torch compiled": TorchCompiled,
     "transformers": Transformers,
