@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 D = 768
 LAYER = ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D))
 HEAD = ((50257, D),)
-CASES = [(8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128)]
+CASES = [(8, 32), (8, 64), (8, 128), (8, 256), (4, 32), (4, 64), (4, 128), (4, 256)]
 
 
 def session(shapes: Sequence[tuple[int, int]], bits: int, size: int, threads: int) -> Any:
