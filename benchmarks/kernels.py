@@ -1,4 +1,4 @@
-"""Why int8 has blocks of 64 and int4 of 128: kernels.py [--threads 2] [--layers 12] [--rounds 5].
+"""Why int8 has blocks of 64 and int4 of 256: kernels.py [--threads 2] [--layers 12] [--rounds 5].
 
 ONNX Runtime's ``MatMulNBits`` over the matrices of GPT-2 124M (its head at single steps only), for several block sizes:
 milliseconds of a step of 1, 2 and 8 tokens and tokens/s of a prompt of 512, medians of rounds in turns; at how many

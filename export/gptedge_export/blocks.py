@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-BLOCK_SIZES = (128, 64, 32, 16)
-"""Those of ``MatMulNBits`` that we use."""
+BLOCK_SIZES = (256, 128, 64, 32, 16)
+"""Those of ``MatMulNBits``."""
 
-BLOCK_BYTES = 64
-"""Of a block's integers at most: 64 of 8 bits, 128 of 4. So far the kernel for 8 bits gives a row the same bits
-alone and among others, so that batches and drafts turn no token; for 4 bits it is the fastest (docs/performance.md)."""
+MAX_BLOCK_SIZE = {8: 64, 4: 256}
+"""By bits. Up to 64 the kernel for 8 bits gives a row the same bits alone and among others, so that batches and drafts
+turn no token; the largest block is the fastest for 4 bits (docs/performance.md)."""
 
 _DAMPING = 0.01
 _SCALES = torch.linspace(0.7, 1.1, 17).tolist()
@@ -41,9 +41,9 @@ class Blocks:
 
 
 def block_size(width: int, bits: int) -> int:
-    """Return how many of ``width`` inputs share a scale: a quarter at most, and with an eighth of filling at most."""
+    """Return how many of ``width`` inputs share a scale: a third at most, and with a sixteenth of filling at most."""
     for size in BLOCK_SIZES:
-        if size * bits <= 8 * BLOCK_BYTES and 4 * size <= width and -width % size <= width // 8:
+        if size <= MAX_BLOCK_SIZE[bits] and 3 * size <= width and -width % size <= width // 16:
             return size
     return BLOCK_SIZES[-1]
 
