@@ -169,13 +169,16 @@ def _text(report: Report, seconds: float) -> str:
 
 
 def _cost(quality: Quality) -> str:
-    bound = f"bound {quality.min_top1_agreement:.1%}" if quality.judged else "not judged, the text is strange to it"
+    unjudged = f"not judged, the text {'may go on in many ways' if quality.judged else 'is strange to it'}"
+    top1_bound = f"bound {quality.min_top1_agreement:.1%}" if "top1_agreement" in quality.judged else unjudged
+    kl_bound = f" (bound {quality.max_kl_nats:g})" if "kl_nats" in quality.judged else ""
     same = ", ".join(map(str, quality.greedy_tokens))
     return (
         f"cost beside fp32, on {quality.tokens:,} tokens of {quality.text}: top-1 agreement "
-        f"{quality.top1_agreement:.2%} ({bound}),\n"
+        f"{quality.top1_agreement:.2%} ({top1_bound}),\n"
         f"perplexity {quality.perplexity:,.4f} instead of {quality.fp32_perplexity:,.4f}, "
-        f"|d logits| max {quality.max_abs_diff:.2g}, mean {quality.mean_abs_diff:.2g}, KL {quality.kl_nats:.2g} nats,\n"
+        f"|d logits| max {quality.max_abs_diff:.2g}, mean {quality.mean_abs_diff:.2g}, "
+        f"KL {quality.kl_nats:.2g} nats{kl_bound},\n"
         f"the same greedy tokens: {same} of {quality.greedy_tokens_max}"
     )
 
