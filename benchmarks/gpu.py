@@ -1,4 +1,4 @@
-"""gptedge and its peers on a GPU: gpu.py WORK --output FOLDER [--batches 1,8,32,128] [--precisions fp16,fp32].
+"""gptedge and its peers on a GPU: gpu.py WORK --output FOLDER [--batches 1,8,32,128] [--precisions fp16,bf16,fp32].
 
 The model has the sizes of GPT-2 124M and random weights of a fixed seed; WORK keeps its bundles for the next run. All
 engines run in this process, in turns A B C A B C; medians with the least and the most go into FOLDER/gpu.md and
@@ -29,7 +29,7 @@ SEED = 123
 TINY = GPTConfig(vocab_size=300, context_length=128, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0)
 WARM_UP_STEPS = 5  # in which engines compile, capture and take memory
 BASE = "torch eager"
-BYTES = {"fp32": 4, "fp16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 PACKAGES = ("gptedge", "onnxruntime-gpu", "onnxruntime-genai-cuda", "torch", "transformers")
 
 
@@ -198,7 +198,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--batches", type=whole_numbers, default=[1, 8, 32, 128], help="rows at a time")
-    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["fp16", "fp32"])
+    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["fp16", "bf16", "fp32"])
     parser.add_argument("--only", type=lambda text: text.split(";"), default=[*ENGINES], help="names between ;")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--steps", type=int, default=128)

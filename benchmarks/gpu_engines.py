@@ -18,7 +18,7 @@ from gptedge_runtime.limits import never
 from torch import Tensor
 
 Rows = list[list[int]]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def random_rows(config: GPTConfig, batch: int, length: int) -> Rows:

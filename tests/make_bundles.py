@@ -1,7 +1,7 @@
 """Write the bundles that tests/runtime reads, and what the eager model says about them: make_bundles.py FOLDER.
 
-With --cuda instead FOLDER/fp32 and FOLDER/fp16, the model of FOLDER/tiny with the graph for GPUs, for tests/gpu, and
-FOLDER/outliers, the same with a large value in every token's embedding.
+With --cuda instead FOLDER/fp32, FOLDER/fp16 and FOLDER/bf16, the model of FOLDER/tiny with the graph for GPUs, for
+tests/gpu, and FOLDER/outliers, the same with a large value in every token's embedding.
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at
@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
 def write_cuda(folder: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16", "bf16"):
         model, vocabulary = random_model(TINY), tiny_vocabulary()
         export_bundle(model, folder / precision, vocabulary=vocabulary, precision=precision, cuda=True, force=True)
     model = random_model(TINY)

@@ -82,10 +82,10 @@ def export_bundle(
 ) -> Report:
     """Export ``model`` as the bundle ``out``, verified against the model, and put it in place in one step.
 
-    ``precision`` is one of fp32, fp16, int8 and int4. ``calibration`` is a text as the model knows it: rounding is
-    fitted to one half of it and judged on the other, in the place of the demo model's stories. ``template``: what an
+    ``precision`` is one of fp32, fp16, bf16, int8 and int4. ``calibration`` is a text as the model knows it: rounding
+    is fitted to one half of it and judged on the other, in the place of the demo model's stories. ``template``: what an
     instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. ``cuda`` adds the
-    graph that the runtime uses on a GPU, for fp32 and fp16. The same model, vocabulary and versions give the same
+    graph that the runtime uses on a GPU, for fp32, fp16 and bf16. The same model, vocabulary and versions give the same
     bytes. Raises :class:`ExportError` where the arguments do not fit or ``out`` cannot be written, and
     ``ParityError``, with ``out`` untouched, where a graph does not agree.
     """
@@ -101,7 +101,7 @@ def export_bundle(
     if is_classifier(model) and precision != "fp32":
         raise ExportError(f"the model is a classifier, which has no precision {precision}: take fp32")
     if cuda and precision not in CUDA_DTYPES:
-        raise ExportError(f"precision {precision} has no graph for CUDA: take fp16 or fp32, or leave --cuda out")
+        raise ExportError(f"precision {precision} has no graph for CUDA: take fp16, bf16 or fp32, or leave --cuda out")
     if vocabulary.size > model.config.vocab_size:
         raise ExportError(
             f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "

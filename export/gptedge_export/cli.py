@@ -43,7 +43,9 @@ Examples:
     "--calibration", metavar="FILE", help="A text as the model knows it: int8 and int4 are fitted to half of it."
 )
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset of the graphs.")
-@click.option("--cuda", is_flag=True, help="Add the graph for NVIDIA GPUs, fp32 or fp16: gptedge's --provider cuda.")
+@click.option(
+    "--cuda", is_flag=True, help="Add the graph for NVIDIA GPUs, fp32, fp16 or bf16: gptedge's --provider cuda."
+)
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
 @click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
 @click.option("--labels", metavar="A,B,...", help="For a classifier: the names of its classes, in their order.")

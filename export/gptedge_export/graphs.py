@@ -107,8 +107,11 @@ def heads(x: Tensor, config: GPTConfig, batch_size: int) -> Tensor:
 
 
 def widen(x: Tensor, width: int) -> Tensor:
-    """Fill the last axis up with zeros."""
-    return F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
+    """Fill the last axis up with zeros; CUDA's ``Pad`` takes no bfloat16."""
+    if width == x.shape[-1]:
+        return x
+    widened = F.pad(x.float() if x.dtype == torch.bfloat16 else x, (0, width - x.shape[-1]))
+    return widened.to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -230,7 +233,7 @@ class DecodeOnCuda(Decode):
     """``decode_cuda.onnx``: what ``decode.onnx`` computes, as CUDA can, and the most likely ids beside the logits.
 
     A decode step is as long as its kernels are many: bias, residual and norm are one operator here, and so are bias and
-    GELU. CUDA's GroupQueryAttention takes float16 alone: in float32 standard operators stand in its place.
+    GELU. CUDA's GroupQueryAttention takes 16 bits alone: in float32 standard operators stand in its place.
     """
 
     def forward(  # type: ignore[override]
@@ -243,10 +246,10 @@ class DecodeOnCuda(Decode):
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
         batch_size, present = input_ids.shape[0], list[tuple[Tensor, Tensor]]()
-        if past[0][0].dtype == torch.float16:
-            attend = self.attend_in_place(batch_size, seqlens_k, total_sequence_length, past, present)
-        else:
+        if past[0][0].dtype == torch.float32:
             attend = self.attend_by_standard_operators(batch_size, position_ids, past, present)
+        else:
+            attend = self.attend_in_place(batch_size, seqlens_k, total_sequence_length, past, present)
         blocks: list[Any] = [*self.blocks]
         x = self.embed(input_ids, position_ids)  # (B*S, D)
         normed = blocks[0].norm1(x)
@@ -326,7 +329,7 @@ GRAPHS: dict[str, type[Stack]] = {
 }
 
 
-CUDA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+CUDA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """In which ``decode_cuda`` computes, by precision; there is none at the others."""
 
 IN_PLACE = ("decode", "decode_cuda")

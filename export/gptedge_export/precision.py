@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from gptedge_models import GPTModel
 from numpy.typing import NDArray
 from onnx_ir.passes.common import NameFixPass
@@ -22,6 +23,9 @@ from .quantise import quantise
 
 BITS = {"int8": 8, "int4": 4}
 """Of a weight, at the precisions that round activations too."""
+
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Of a weight, at the precisions that take half of float32's bytes."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +45,39 @@ class Prepared:
 def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, progress: bool) -> Prepared:
     """Round ``model`` to one of the runtime's ``PRECISIONS``; int8 and int4 look at what its layers make of ``texts``.
 
-    Raises :class:`ExportError` for a weight that float16 does not hold.
+    Raises :class:`ExportError` for a weight that the type does not hold.
     """
     if precision == "fp32":
         return Prepared(model, None, lambda graph: None, contextlib.nullcontext)
-    if precision == "fp16":
-        return Prepared(_to_half(model), None, store_half, contextlib.nullcontext)
+    if precision in HALVES:
+        store = partial(store_half, dtype=HALVES[precision])
+        return Prepared(_to_half(model, precision), None, store, contextlib.nullcontext)
     quantised = quantise(model, BITS[precision], texts, progress=progress)
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
     store = partial(store_blocks, weights=table)
     return Prepared(quantised.model, quantised.cache_scales, store, quantised.as_computed)
 
 
-def _to_half(model: GPTModel) -> GPTModel:
-    model = copy.deepcopy(model).eval()
+def _to_half(model: GPTModel, precision: str) -> GPTModel:
+    model, dtype = copy.deepcopy(model).eval(), HALVES[precision]
     for name, weight in model.named_parameters():
-        if weight.ndim == 2:
-            weight.data = weight.data.half().float()
+        if weight.ndim == 2 or precision == "bf16":  # whose graph for CUDA, all bfloat16, is held in float32
+            weight.data = weight.data.to(dtype).float()
             if not weight.isfinite().all():
-                raise ExportError(f"{name} exceeds 65,504, the largest float16: take --precision fp32 or int8")
+                largest = f"{torch.finfo(dtype).max:,.6g}"
+                raise ExportError(f"{name} exceeds {largest}, the largest {precision}: take --precision fp32 or int8")
     return model
 
 
-def store_half(graph: ir.Model) -> None:
-    """Keep the weights as float16 in the file; the graph casts them, and ONNX Runtime does so once, when it opens it.
+def store_half(graph: ir.Model, dtype: torch.dtype) -> None:
+    """Keep the weights in 16 bits in the file; the graph casts them, and ONNX Runtime does so once, when it opens it.
 
     Its CPU kernels compute in float32. Of a table the rows are cast as they are read.
     """
     for name, value in list(graph.graph.initializers.items()):
         array = _array(value)
         if array is not None and array.dtype == np.float32:
-            half = _add(graph, f"{name}.half", array.astype(np.float16))
+            half = _add(graph, f"{name}.half", torch.from_numpy(array).to(dtype))
             for node, index in list(value.uses()):
                 if node.op_type == "Gather":
                     rows = ir.node("Gather", [half, node.inputs[1]])
@@ -134,7 +140,7 @@ def _array(value: ir.Value) -> NDArray[np.float32] | None:
     return None if tensor is None or len(tensor.shape) != 2 else tensor.numpy()
 
 
-def _add(graph: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
+def _add(graph: ir.Model, name: str, array: NDArray[Any] | Tensor) -> ir.Value:
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.graph.register_initializer(value)
     return value

@@ -17,9 +17,10 @@ N_TOKENS = 8192
 """To look at, and as many to measure on."""
 
 CALIBRATION_SEED, HELD_OUT_SEED = 3, 2  # of stories; the demo model learnt from others
-MIN_TOP1_AGREEMENT = {"fp16": 0.995, "int8": 0.99, "int4": 0.95}
+MIN_TOP1_AGREEMENT = {"fp16": 0.995, "bf16": 0.99, "int8": 0.99, "int4": 0.95}
 SURE_PERPLEXITY = 2.0  # below it the model gives what comes next half of the probability or more
-MAX_KL_NATS = {"fp16": 1e-3, "int8": 0.01, "int4": 0.1}  # perplexity then rises by about as much: 0.1, 1 and 10 %
+MAX_KL_NATS = {"fp16": 1e-3, "bf16": 1e-3, "int8": 0.01, "int4": 0.1}
+"""Perplexity then rises by about as much: 0.1, 0.1, 1 and 10 %."""
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 8
 

@@ -27,8 +27,8 @@ from .session import Session, cache_width
 
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
-_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "int8": 1 + 8 / 64, "int4": 1 / 2 + 8 / 256}
-_CACHE_BYTES = {"fp32": 4, "fp16": 4, "int8": 1, "int4": 1}
+_WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "bf16": 4.0, "int8": 1 + 8 / 64, "int4": 1 / 2 + 8 / 256}
+_CACHE_BYTES = {"fp32": 4, "fp16": 4, "bf16": 4, "int8": 1, "int4": 1}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
 
     Computed from the model's sizes: 12 D^2 weights a layer and the output head, each at its precision, with a float32
     scale and a float32 sum, which onnxruntime adds, for each 64 weights of int8 and 256 of int4 (fewer in narrow
-    layers); float16 weights are float32 in memory. A head that is tied to the token table has 8 bits at
+    layers); float16 and bfloat16 weights are float32 in memory. A head that is tied to the token table has 8 bits at
     int4, too, and is counted as if it had 4.
     Left out are the embedding tables, of which a step reads one line each, and norms and biases, under 0.1 %.
     """

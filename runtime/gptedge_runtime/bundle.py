@@ -15,7 +15,7 @@ from .errors import BundleError, BundleNotFoundError
 from .strict_json import JsonObject, parse_json
 
 FORMAT_VERSION = 1
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TEMPLATE_PLACE = "{prompt}"
 MANIFEST = "manifest.json"
 MANIFEST_MAX_BYTES = 1 << 20
@@ -113,7 +113,7 @@ class Bundle:
     @property
     def rounds_finely(self) -> bool:
         """Whether kernels compute in float32 throughout; those for int8 and int4 round activations to 8 bits."""
-        return self.precision in ("fp32", "fp16")
+        return self.precision in ("fp32", "fp16", "bf16")
 
     @property
     def cache_dtype(self) -> str:

@@ -26,14 +26,17 @@ ON_HOST = "total_sequence_length"
 FIXED = "logit_positions"
 """The one input that a step never changes."""
 
-FP16_ERROR = 1000
-"""How much further than float32 the logits of float16 activations may be from the model's: 0.02 of the largest one."""
+HALF_ERROR = {"fp16": 1000, "bf16": 8000}
+"""How much further than float32 the logits of activations of 16 bits may be from the model's: 0.02 of the largest one,
+and eight times that for bfloat16, which has three bits less."""
 
 _gpu = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gptedge-gpu")
 """The one thread that uses the GPU. For each thread onnxruntime keeps captured steps and handles of libraries to the
 session's end; and while a step is captured, no other thread may reach for the GPU."""
 
-_CACHE_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+_CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BFLOAT16 = 16
+"""ONNX's number of a type that NumPy lacks; on this side float16, of the same size and the same zero, stands for it."""
 
 
 def contract(bundle: Bundle) -> GraphSpec:
@@ -69,7 +72,8 @@ class CudaSession(Session):
 
     def __init__(self, bundle: Bundle, *, threads: int, timeout_s: float | None = None, device: str = "cuda") -> None:
         self.device = device
-        self._cache_dtype = _CACHE_DTYPES.get(bundle.precision, np.dtype(np.float32))
+        self._cache_dtype = np.dtype(np.float32 if bundle.precision == "fp32" else np.float16)
+        self._onnx_type = _BFLOAT16 if bundle.precision == "bf16" else None
         self._kept: dict[int, list[Cache]] = {}
         self._kept_bytes = self._n_captured = 0
         self._lock = Lock()
@@ -123,7 +127,8 @@ class CudaSession(Session):
 
     def _new_key_values(self, batch: int, capacity: int, graph_id: int) -> list[Any]:
         shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
-        return on_gpu(lambda: [self._to_device(np.zeros(shape, self._cache_dtype), graph_id) for _ in self.cache_names])
+        arrays = on_gpu(lambda: [self._to_device(np.zeros(shape, self._cache_dtype)) for _ in self.cache_names])
+        return [replace(array, onnx_type=self._onnx_type, graph_id=graph_id) for array in arrays]
 
     @property
     def _bytes_per_token(self) -> int:
@@ -182,18 +187,19 @@ class CudaSession(Session):
         ids: Ids | None = binding.best_ids
         return ids
 
-    def _to_device(self, array: NDArray[Any], graph_id: int = NOT_CAPTURED) -> "DeviceArray":
+    def _to_device(self, array: NDArray[Any]) -> "DeviceArray":
+        """Return ``array`` in the device's memory, which on the CPU is its own."""
         try:
             value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
         except Exception as error:  # onnxruntime's own share no other base class
             raise run_error(error, f"the graph {GRAPH}") from error
-        return DeviceArray(value, array.shape, array.dtype, value.data_ptr(), graph_id)
+        return DeviceArray(value, array.shape, array.dtype, value.data_ptr())
 
     def _bind_input(self, binding: Any, name: str, array: "DeviceArray") -> None:
-        binding.bind_input(name, self.device, 0, array.dtype.type, list(array.shape), array.pointer)
+        binding.bind_input(name, self.device, 0, array.element_type, list(array.shape), array.pointer)
 
     def _bind_output(self, binding: Any, name: str, array: "DeviceArray") -> None:
-        binding.bind_output(name, self.device, 0, array.dtype.type, list(array.shape), array.pointer)
+        binding.bind_output(name, self.device, 0, array.element_type, list(array.shape), array.pointer)
 
 
 def on_gpu(work: Callable[[], T]) -> T:
@@ -205,14 +211,21 @@ def on_gpu(work: Callable[[], T]) -> T:
 class DeviceArray:
     """An array on the device, or rows of one; ``value`` keeps the memory of all its rows.
 
-    ``graph_id`` is onnxruntime's number of the step that is captured over all of it.
+    ``onnx_type`` is what onnxruntime takes its elements for, where that is not ``dtype``; ``graph_id`` its number of
+    the step that is captured over all of it.
     """
 
     value: Any
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     pointer: int
+    onnx_type: int | None = None
     graph_id: int = NOT_CAPTURED
+
+    @property
+    def element_type(self) -> Any:
+        """By which onnxruntime knows the type."""
+        return self.dtype.type if self.onnx_type is None else self.onnx_type
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -220,7 +233,8 @@ class DeviceArray:
     def __getitem__(self, rows: slice) -> "DeviceArray":
         start, stop, _ = rows.indices(len(self))
         row_bytes = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        return DeviceArray(self.value, (stop - start, *self.shape[1:]), self.dtype, self.pointer + start * row_bytes)
+        shape, pointer = (stop - start, *self.shape[1:]), self.pointer + start * row_bytes
+        return replace(self, shape=shape, pointer=pointer, graph_id=NOT_CAPTURED)
 
 
 @dataclass

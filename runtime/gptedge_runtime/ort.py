@@ -16,6 +16,7 @@ _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(int8)": "int8",
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",

@@ -13,6 +13,7 @@ from .errors import BundleError, VerificationError
 from .gpt import GPT
 from .graphs import Graph, forward_logits, generated_ids, model_logits
 from .limits import check_timeout, count_threads
+from .provider import why_not_cuda
 from .session import Logits, Session
 from .strict_json import JsonObject, parse_json
 from .tokenizer import load_tokenizer
@@ -20,11 +21,12 @@ from .tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Verified:
-    """How much of a bundle was checked."""
+    """How much of a bundle was checked; ``skipped`` are the graphs that this machine cannot run."""
 
     files: int
     graphs: int
     prompts: int
+    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def verify(
     """Check files and graphs, and the known answers with each graph. The arguments are those of ``load``.
 
     Kernels that round their inputs hide small changes of the weights: so each graph of an int8 or int4 bundle computes
-    without them and is held against narrow bounds, and ``decode`` with them once more, against a wide one.
+    without them and is held against narrow bounds, and ``decode`` with them once more, against a wide one. A bf16
+    bundle's graph for CUDA needs a GPU, and is skipped where there is none.
     Raises ``BundleError`` for a damaged bundle and ``VerificationError`` where an answer is not the stored one.
     """
     check_timeout(timeout_s)
@@ -70,11 +73,13 @@ def verify(
     n_threads = count_threads(threads)
     session = Session(bundle, provider="cpu", threads=n_threads, timeout_s=timeout_s, exact=True)
     _check_decode(session, bundle, answers.prompts, answers.atol)
-    if cuda.GRAPH in bundle.graphs:
-        session = cuda.CudaSession(bundle, threads=n_threads, timeout_s=timeout_s, device="cpu")
-        if bundle.precision == "fp16":  # float16 activations may turn a choice, so that only logits are held
+    device = "cuda" if bundle.precision == "bf16" else "cpu"  # which has no kernels for bfloat16
+    skipped = bundle.graphs.keys() & {cuda.GRAPH} if device == "cuda" and why_not_cuda() else set()
+    if cuda.GRAPH in bundle.graphs.keys() - skipped:
+        session = cuda.CudaSession(bundle, threads=n_threads, timeout_s=timeout_s, device=device)
+        if bundle.precision in cuda.HALF_ERROR:  # activations of 16 bits may turn a choice: only logits are held
             prompts = [replace(answer, new_token_ids=[]) for answer in answers.prompts]
-            _check_decode(session, bundle, prompts, answers.atol * cuda.FP16_ERROR)
+            _check_decode(session, bundle, prompts, answers.atol * cuda.HALF_ERROR[bundle.precision])
         else:
             _check_decode(session, bundle, answers.prompts, answers.atol)
     for name in sorted(bundle.graphs.keys() - {"decode", cuda.GRAPH}):
@@ -86,7 +91,7 @@ def verify(
         for answer in answers.prompts:
             logits = session.forward(np.array([answer.token_ids]))[0, -1]
             _hold(answer.name, "decode", logits[answer.logit_ids], answer.rounded_logits, answers.rounded_atol)
-    return Verified(len(bundle.files), len(bundle.graphs), len(answers.prompts))
+    return Verified(len(bundle.files), len(bundle.graphs) - len(skipped), len(answers.prompts), tuple(skipped))
 
 
 def _check_decode(session: Session, bundle: Bundle, answers: list[Answer], atol: float) -> None:

@@ -37,7 +37,7 @@ def demo_vocabulary() -> Vocabulary:
     return load_vocabulary(str(Path(demo.__path__[0]) / "tokenizer.tiktoken"))
 
 
-@pytest.fixture(scope="module", params=["fp16", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp16", "bf16", "int8", "int4"])
 def demo_bundle(
     request: pytest.FixtureRequest, demo_vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -152,12 +152,12 @@ def test_weights_take_the_bytes_that_the_precision_says(demo_bundle: Path, demo_
     model = load_checkpoint("demo")
     table = model.tok_emb.weight.numel()
     layers = sum(weight.numel() for name, weight in model.named_parameters() if weight.ndim == 2) - 2 * table
-    bits = {"fp16": 16, "int8": 9, "int4": 5}[demo_bundle.name]
+    bits = {"fp16": 16, "bf16": 16, "int8": 9, "int4": 5}[demo_bundle.name]
     expected = (layers * bits + table * max(bits, 9)) / 8
     assert (demo_bundle / "onnx" / "model.onnx_data").stat().st_size == pytest.approx(expected, rel=0.3)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 def test_sizes_that_fill_no_block_export(precision: str, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
     torch.manual_seed(0)
     report = export_bundle(GPTModel(ODD), tmp_path / "odd", vocabulary=byte_vocabulary, precision=precision)

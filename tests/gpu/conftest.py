@@ -17,7 +17,7 @@ OpenOn = Callable[[str, str], GPT]
 
 @pytest.fixture(scope="session")
 def cuda_bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds ``fp32`` and ``fp16``, both of the model ``tiny``."""
+    """Holds ``fp32``, ``fp16`` and ``bf16``, all of the model ``tiny``."""
     given = os.environ.get("GPTEDGE_TEST_BUNDLES")
     if given and Path(given, "cuda").is_dir():
         return Path(given, "cuda")

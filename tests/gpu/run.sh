@@ -8,7 +8,7 @@ shift
 mkdir -p "$out" build/gpu-bundles
 {
     [ -d build/gpu-bundles/tiny ] || "$python" tests/make_bundles.py build/gpu-bundles
-    [ -d build/gpu-bundles/cuda/fp16 ] || "$python" tests/make_bundles.py build/gpu-bundles/cuda --cuda
+    [ -d build/gpu-bundles/cuda/bf16 ] || "$python" tests/make_bundles.py build/gpu-bundles/cuda --cuda
     GPTEDGE_TEST_BUNDLES=$PWD/build/gpu-bundles "$python" -m pytest -q tests/gpu tests/runtime/test_provider.py
     echo "tests ended with $?"
     "$python" benchmarks/gpu.py build/gpu --output "$out" "$@"
