@@ -30,6 +30,9 @@ HALF_ERROR = {"fp16": 1000, "bf16": 8000}
 """How much further than float32 the logits of activations of 16 bits may be from the model's: 0.02 of the largest one,
 and eight times that for bfloat16, which has three bits less."""
 
+HALF_PREFILL_TOKENS = 8192
+"""Of one run of a prefill at 16 bits; a GPU reads them sooner than a CPU reads a tenth."""
+
 _gpu = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gptedge-gpu")
 """The one thread that uses the GPU. For each thread onnxruntime keeps captured steps and handles of libraries to the
 session's end; and while a step is captured, no other thread may reach for the GPU."""
@@ -74,6 +77,8 @@ class CudaSession(Session):
         self.device = device
         self._cache_dtype = np.dtype(np.float32 if bundle.precision == "fp32" else np.float16)
         self._onnx_type = _BFLOAT16 if bundle.precision == "bf16" else None
+        if bundle.precision in HALF_ERROR:  # at fp32 attention keeps its scores, which would take gigabytes
+            self.prefill_tokens = HALF_PREFILL_TOKENS
         self._kept: dict[int, list[Cache]] = {}
         self._kept_bytes = self._n_captured = 0
         self._lock = Lock()
@@ -151,8 +156,8 @@ class CudaSession(Session):
         for name, array in zip(self.cache_names, key_values, strict=True):
             self._bind_input(binding, f"past_key_values.{name}", array)
             self._bind_output(binding, f"present.{name}", array)
-        logits_there = self._to_device(np.empty_like(logits))
-        best_ids_there = self._to_device(np.zeros(logits.shape[:2], np.int64))
+        logits_there = self._room_for(logits)
+        best_ids_there = self._room_for(np.empty(logits.shape[:2], np.int64))
         self._bind_output(binding, "logits", logits_there)
         self._bind_output(binding, "best_ids", best_ids_there)
         changing = [(feeds[name], array) for name, array in there.items() if name != FIXED]
@@ -189,8 +194,16 @@ class CudaSession(Session):
 
     def _to_device(self, array: NDArray[Any]) -> "DeviceArray":
         """Return ``array`` in the device's memory, which on the CPU is its own."""
+        return self._new_array(array, lambda ort_value: ort_value.ortvalue_from_numpy(array, self.device, 0))
+
+    def _room_for(self, array: NDArray[Any]) -> "DeviceArray":
+        """Return memory of the device for what ``array`` will hold, without what it holds now."""
+        shape, dtype = list(array.shape), array.dtype.type
+        return self._new_array(array, lambda value: value.ortvalue_from_shape_and_type(shape, dtype, self.device, 0))
+
+    def _new_array(self, array: NDArray[Any], make: Callable[[Any], Any]) -> "DeviceArray":
         try:
-            value = self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+            value = make(self._ort.OrtValue)
         except Exception as error:  # onnxruntime's own share no other base class
             raise run_error(error, f"the graph {GRAPH}") from error
         return DeviceArray(value, array.shape, array.dtype, value.data_ptr())

@@ -24,7 +24,7 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
-PREFILL_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
+FORWARD_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 
 
 class Session:
@@ -34,6 +34,8 @@ class Session:
     """
 
     graph = "decode"
+    prefill_tokens = FORWARD_TOKENS
+    """The same of a prefill, which has logits for the last position of a row alone."""
     holds_batches = True
     """Whether greedy rows of a batch get the ids that they get alone."""
     places_are_positions = False
@@ -90,7 +92,7 @@ class Session:
             logits = np.empty((batch, length, self.model.n_outputs), np.float32)
         except MemoryError as error:
             raise out_of_memory() from error
-        for part in split_rows([length] * batch):
+        for part in split_rows([length] * batch, FORWARD_TOKENS):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
             binding = self.bind(feeds, self.new_key_values(len(lengths), length), logits[part])
@@ -190,7 +192,7 @@ class Cache:
         """Read one row of ids for each row of the cache. Raises ``Stopped``."""
         lengths = [len(row) for row in rows]
         alone = self._session.precision == "int4"  # whose kernels give a row of a prompt other bits in company
-        for part in (slice(b, b + 1) for b in range(len(rows))) if alone else split_rows(lengths):
+        for part in split_rows(lengths, 1 if alone else self._session.prefill_tokens):
             self.refill(part, rows[part], should_stop)
 
     def refill(self, part: slice, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
@@ -303,11 +305,11 @@ def pad_right(rows: Sequence[Sequence[int]]) -> Ids:
     return ids
 
 
-def split_rows(lengths: Sequence[int]) -> Iterator[slice]:
-    """Cut rows into consecutive parts whose padded size is within ``PREFILL_TOKENS``, or which are one row."""
+def split_rows(lengths: Sequence[int], n_tokens: int) -> Iterator[slice]:
+    """Cut rows into consecutive parts whose padded size is within ``n_tokens``, or which are one row."""
     start = 0
     for stop in range(1, len(lengths) + 1):
-        if stop == len(lengths) or (stop + 1 - start) * max(lengths[start : stop + 1]) > PREFILL_TOKENS:
+        if stop == len(lengths) or (stop + 1 - start) * max(lengths[start : stop + 1]) > n_tokens:
             yield slice(start, stop)
             start = stop
 

@@ -292,3 +292,21 @@ def test_threads_at_once_have_the_ids_of_one_after_the_other(open_on: OpenOn, de
     with ThreadPoolExecutor(max_workers=4) as pool:
         jobs = [pool.submit(gpt.generate_ids, prompt, max_new_tokens=40) for prompt in eager.prompts * 3]
     assert [job.result() for job in jobs] == [ids[:40] for ids in eager.new * 3]
+
+
+@pytest.mark.parametrize(("precision", "n_runs"), [("fp32", 2), ("fp16", 1)])
+def test_16_bits_read_more_of_a_prompt_at_once(
+    open_on: OpenOn, device: str, eager: Any, monkeypatch: pytest.MonkeyPatch, precision: str, n_runs: int
+) -> None:
+    session = open_on(precision, device)._session
+    runs, run_long = [], session.run_long
+
+    def counted(*arguments: Any) -> None:
+        runs.append(arguments)
+        run_long(*arguments)
+
+    monkeypatch.setattr(session, "run_long", counted)
+    cache = session.new_cache(40, eager.ids.shape[1])
+    cache.prefill(np.tile(eager.ids, (20, 1)).tolist(), never)  # 1,280 tokens
+    assert len(runs) == n_runs
+    assert np.abs(cache.logits[:2] - eager.logits[:, -1]).max() <= bound(precision, eager)
