@@ -13,7 +13,7 @@ import numpy as np
 
 from . import cuda
 from .bundle import Bundle
-from .errors import OutOfMemoryError, ProviderError
+from .errors import BundleError, OutOfMemoryError, ProviderError
 from .ort import import_onnxruntime
 from .session import Session
 
@@ -56,7 +56,8 @@ def choose_provider(name: str) -> str:
 def open_session(bundle: Bundle, *, provider: str, device: str, threads: int, timeout_s: float | None) -> Session:
     """Open a bundle on the ``device`` that was chosen for ``provider``; ``auto`` takes the CPU where CUDA fails.
 
-    Raises :class:`ProviderError` where CUDA was asked for and the bundle has no graph for it, or is not what runs.
+    Raises :class:`ProviderError` where CUDA was asked for and the bundle has no graph for it, or is not what runs, and
+    :class:`BundleError` where onnxruntime refuses that graph.
     """
     reason = None
     if device == "cuda":
@@ -64,7 +65,7 @@ def open_session(bundle: Bundle, *, provider: str, device: str, threads: int, ti
             if cuda.GRAPH in bundle.graphs:
                 return cuda.CudaSession(bundle, threads=threads, timeout_s=timeout_s)
             raise ProviderError("provider cuda: the bundle has no graph for it: export it with --cuda, or choose cpu")
-        except (ProviderError, OutOfMemoryError) as error:
+        except (ProviderError, OutOfMemoryError, BundleError) as error:  # the last where kernels are missing
             if provider == "cuda":
                 raise
             reason = str(error).removeprefix("provider cuda: ")

@@ -35,7 +35,7 @@ class Session:
 
     graph = "decode"
     prefill_tokens = FORWARD_TOKENS
-    """The same of a prefill, which has logits for the last position of a row alone."""
+    """Of one run of a prefill, whose logits are those of each row's last position alone."""
     holds_batches = True
     """Whether greedy rows of a batch get the ids that they get alone."""
     places_are_positions = False

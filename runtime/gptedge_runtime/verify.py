@@ -74,8 +74,9 @@ def verify(
     session = Session(bundle, provider="cpu", threads=n_threads, timeout_s=timeout_s, exact=True)
     _check_decode(session, bundle, answers.prompts, answers.atol)
     device = "cuda" if bundle.precision == "bf16" else "cpu"  # which has no kernels for bfloat16
-    skipped = bundle.graphs.keys() & {cuda.GRAPH} if device == "cuda" and why_not_cuda() else set()
-    if cuda.GRAPH in bundle.graphs.keys() - skipped:
+    has_graph = cuda.GRAPH in bundle.graphs
+    skipped = (cuda.GRAPH,) if has_graph and device == "cuda" and why_not_cuda() else ()
+    if has_graph and not skipped:
         session = cuda.CudaSession(bundle, threads=n_threads, timeout_s=timeout_s, device=device)
         if bundle.precision in cuda.HALF_ERROR:  # activations of 16 bits may turn a choice: only logits are held
             prompts = [replace(answer, new_token_ids=[]) for answer in answers.prompts]
@@ -91,7 +92,7 @@ def verify(
         for answer in answers.prompts:
             logits = session.forward(np.array([answer.token_ids]))[0, -1]
             _hold(answer.name, "decode", logits[answer.logit_ids], answer.rounded_logits, answers.rounded_atol)
-    return Verified(len(bundle.files), len(bundle.graphs) - len(skipped), len(answers.prompts), tuple(skipped))
+    return Verified(len(bundle.files), len(bundle.graphs) - len(skipped), len(answers.prompts), skipped)
 
 
 def _check_decode(session: Session, bundle: Bundle, answers: list[Answer], atol: float) -> None:

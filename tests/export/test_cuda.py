@@ -1,5 +1,6 @@
 """``--cuda``: which bundles get the graph for GPUs; tests/gpu holds what it computes."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,8 +8,14 @@ import onnx
 import pytest
 import torch
 from gptedge_export import ExportError, Vocabulary, export_bundle
+from gptedge_export.graphs import CUDA_DTYPES
+from gptedge_export.precision import prepare
+from gptedge_export.verify import RTOL
 from gptedge_models import GPTConfig, GPTModel
+from gptedge_runtime.cuda import HALF_ERROR
 from onnx import TensorProto
+
+from ..make_bundles import TINY, random_model
 
 BFLOAT16_ON_CUDA = {
     "Add",
@@ -57,6 +64,17 @@ def test_bfloat16_is_held_to_the_bound_of_float32(bf16_bundle: Path) -> None:
     assert {check["case"] for check in on_cuda} == {"prefill", "step by step", "ragged batch"}
     largest = max(check["bound"] for check in checks if check["graph"] == "forward")
     assert all(check["max_abs_diff"] <= check["bound"] <= 1.2 * largest for check in on_cuda)
+
+
+@pytest.mark.parametrize(("precision", "min_top1"), [("fp16", 0.98), ("bf16", 0.9)])
+def test_the_bounds_on_a_gpu_are_kept_by_pytorch_in_16_bits(precision: str, min_top1: float) -> None:
+    """Those of docs/cuda.md, with the model of tests/gpu; PyTorch rounds between operators as a GPU does."""
+    model = prepare(random_model(TINY), precision, [], progress=False).model
+    ids = torch.randint(model.config.vocab_size, (20, model.config.context_length), generator=torch.manual_seed(0))
+    with torch.no_grad():
+        logits, rounded = model(ids), copy.deepcopy(model).to(CUDA_DTYPES[precision])(ids).float()
+    assert (logits - rounded).abs().max() <= HALF_ERROR[precision] * RTOL[precision] * logits.abs().max()
+    assert (logits.argmax(-1) == rounded.argmax(-1)).float().mean() >= min_top1
 
 
 def test_all_that_is_computed_in_bfloat16_cuda_has_kernels_for(bf16_bundle: Path) -> None:
