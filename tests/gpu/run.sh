@@ -5,6 +5,8 @@
 set -u
 out=$1 python=${PYTHON:-python3}
 shift
+# An export reads the version of the installed package, so PYTHONPATH alone is not enough.
+"$python" -c 'import importlib.metadata as m, torch; m.version("gptedge"); assert torch.cuda.is_available(), "no GPU"' || exit 2
 mkdir -p "$out" build/gpu-bundles
 {
     [ -d build/gpu-bundles/tiny ] || "$python" tests/make_bundles.py build/gpu-bundles
