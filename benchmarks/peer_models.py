@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,35 @@ def write_gguf(work: Path, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_plain(bundle: Path, folder: Path, bits: int) -> None:
+    """Round the standard graph of a float32 bundle as ONNX Runtime's own tool does, which knows MatMul and no Gemm."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx*"))
+    model = onnx.load(bundle / "onnx" / "model.onnx")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes, turned = [], []
+    for node in model.graph.node:
+        if node.op_type != "Gemm":
+            nodes.append(node)
+            continue
+        x, weight, *bias = node.input
+        array = np.ascontiguousarray(onnx.numpy_helper.to_array(weights.pop(weight)).T)  # (in, out)
+        turned.append(onnx.numpy_helper.from_array(array, weight))
+        product = f"{node.output[0]}.product" if bias else node.output[0]
+        nodes.append(onnx.helper.make_node("MatMul", [x, weight], [product], name=product))
+        if bias:
+            nodes.append(onnx.helper.make_node("Add", [product, *bias], node.output))
+    for old, new in ((model.graph.node, nodes), (model.graph.initializer, [*weights.values(), *turned])):
+        del old[:]
+        old.extend(new)
+    config = DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4, bits=bits)
+    quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+    quantizer.process()
+    onnx.save(quantizer.model.model, folder / "onnx" / "model.onnx", save_as_external_data=True, location="plain.data")
 
 
 def stateful_openvino(work: Path) -> Any:

@@ -27,6 +27,8 @@ COLUMNS = {
 }
 
 TEXTBOOK = "textbook fp32"
+ROUNDED_BY_GPTEDGE = ("onnxruntime-genai int8", "onnxruntime-genai int4")
+"""Other tools that read the weights as gptedge rounds them: without gptedge a user has their ``plain`` rows."""
 
 NOTES = """
 Tokens/s of one row, greedy, after three seconds of decoding; medians of {rounds} rounds (least-most), each of them a
@@ -37,9 +39,11 @@ between closer logits than trained ones, so that rounding turns more choices.
 
 Tools at their defaults but for the threads: llama.cpp holds keys and values in 16 bits and OpenVINO in 8, both at every
 precision, gptedge in 8 at int8 and int4, all else in 32. With weights of 4 bits the output head has 4 in gptedge, 6 in
-llama.cpp (Q6_K) and 8 in OpenVINO, so that gptedge reads the fewest bytes of weights. onnxruntime-genai reads gptedge's
-bundles: its own builder knows no GPT-2. "fa-off" is llama.cpp without flash attention. CTranslate2 has no 4 bits on a
-CPU. The textbook loop is timed over {textbook_steps} steps, the others over {steps}.
+llama.cpp (Q6_K) and 8 in OpenVINO, so that gptedge reads the fewest bytes of weights. onnxruntime-genai's own builder
+knows no GPT-2: it reads `model.onnx` of gptedge's bundles, and as "plain" that of the float32 bundle, rounded by ONNX
+Runtime's own tool (`MatMulNBitsQuantizer`, blocks of 128, accuracy level 4), the head too. "fa-off" is llama.cpp
+without flash attention. CTranslate2 has no 4 bits on a CPU. The textbook loop is timed over {textbook_steps} steps, the
+others over {steps}.
 
 Only gptedge guesses tokens by looking back unasked: its column of text that repeats is the best case, in which every
 guess is right. llama.cpp, OpenVINO GenAI and transformers can do so on request, which is not measured.
@@ -75,21 +79,24 @@ def ratios(results: Results, bits: dict[str, int]) -> Iterator[str]:
     yield f"| gptedge / best other tool | {' | '.join(speeds.values())} |"
     yield "|---" * (1 + len(speeds)) + "|"
 
-    def line(ours: str, others: list[str]) -> str:
+    def line(ours: str, others: list[str], label: str) -> str:
         cells = []
         for key in speeds:
             best = max(others, key=lambda name: statistics.median(one[key] for one in measured[name]))
             pairs = zip(measured[ours], measured[best], strict=False)
             cells.append(f"{spread([our[key] / other[key] for our, other in pairs], 2)} ({best})")
-        return f"| {ours} | {' | '.join(cells)} |"
+        return f"| {label} | {' | '.join(cells)} |"
 
     ours = [name for name in measured if name.startswith("gptedge")]
     apart = [*ours, TEXTBOOK]
     for name in ours:
         if others := [other for other in measured if bits[other] == bits[name] and other not in apart]:
-            yield line(name, others)
+            yield line(name, others, name)
+            alone = [other for other in others if other not in ROUNDED_BY_GPTEDGE]
+            if alone not in ([], others):
+                yield line(name, alone, f"{name}, to tools without its bundles")
     if {"gptedge fp32", TEXTBOOK} <= measured.keys():
-        yield line("gptedge fp32", [TEXTBOOK])
+        yield line("gptedge fp32", [TEXTBOOK], "gptedge fp32")
 
 
 def failure(rounds: list[dict[str, Any]]) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from peer_models import CONTEXT, stateful_openvino, write_gguf
+from peer_models import CONTEXT, stateful_openvino, write_gguf, write_plain
 
 
 class Peer(Protocol):
@@ -198,23 +198,27 @@ class CTranslate2(Stepwise):
 
 
 class GenAi(Stepwise):
-    """Reads gptedge's bundles; its own model builder knows no GPT-2."""
+    """Its own builder knows no GPT-2: it reads gptedge's bundles, and ``plain`` exports rounded by ONNX Runtime."""
 
-    precisions: ClassVar = {"fp32": 32, "int8": 8, "int4": 4}
+    precisions: ClassVar = {"fp32": 32, "int8": 8, "int8 plain": 8, "int4": 4, "int4 plain": 4}
     packages = ("onnxruntime-genai",)
 
     def __init__(self, work: Path, precision: str, threads: int) -> None:
         import onnxruntime_genai
 
         self.lib = onnxruntime_genai
-        config = onnxruntime_genai.Config(str(work / f"bundle-{precision}"))
+        bits, _, plain = precision.partition(" ")
+        config = onnxruntime_genai.Config(str(work / f"{plain or 'bundle'}-{bits}"))
         options = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
         self.model = onnxruntime_genai.Model(config)
 
     @staticmethod
     def write(work: Path, precision: str) -> None:
-        assert (work / f"bundle-{precision}").exists(), "there is no such bundle"
+        bits, _, plain = precision.partition(" ")
+        if plain:
+            write_plain(work / "bundle-fp32", work / f"plain-{bits}", GenAi.precisions[precision])
+        assert (work / f"bundle-{bits}").exists(), "there is no such bundle"
 
     def prefill(self, ids: list[int]) -> int:
         params = self.lib.GeneratorParams(self.model)
