@@ -47,19 +47,22 @@ class Speculation:
             self._read_again(should_stop)
 
     def _step(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
-        room = self._cache.capacity - self._cache.length
-        size = max((size for size in SIZES if size <= min(self._size, room)), default=1)
+        self._drafts = self._draft() if self._credit >= 0 else []
         self._size = SIZES[0]
-        self._drafts = self._lookup.draft(size - 1) if self._credit >= 0 else []
-        if self._drafts and not (self._session.rounds_finely or self._session.is_batch_invariant):
-            self._drafts = []
         self._cache.decode(next_ids, should_stop, self._drafts)
         if self._drafts:
-            self._earn(1 - self._cache.cost(size))
+            self._earn(1 - self._cache.cost(1 + len(self._drafts)))
             return
         self._earn(EARNED)
         if self._n_exact == len(self._row) - 1:
             self._n_exact += 1
+
+    def _draft(self) -> list[int]:
+        """Return drafts that fit into the cache, or none. It runs at most steps, and small models feel microseconds."""
+        room = self._cache.capacity - len(self._row) + 1
+        size = self._size if self._size <= room else SIZES[0] if SIZES[0] <= room else 1
+        drafts = self._lookup.draft(size - 1)
+        return drafts if drafts and (self._session.rounds_finely or self._session.is_batch_invariant) else []
 
     def _read_again(self, should_stop: ShouldStop) -> None:
         """Read once more, by plain steps, all ids behind those that plain steps have read.
