@@ -217,10 +217,11 @@ def undecided(model: GPTModel) -> GPTModel:
 
 
 def test_of_a_text_that_may_go_on_in_many_ways_the_divergence_is_judged(
-    demo_vocabulary: Vocabulary, tmp_path: Path
+    demo_vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Less than 95 % of the choices stay, between all but equals."""
-    model = undecided(with_outliers("values", 30))
+    """Fewer of the choices stay than have to where the model is sure; about 97 % do, whose bound is raised for it."""
+    monkeypatch.setitem(MIN_TOP1_AGREEMENT, "int4", 0.995)
+    model = undecided(load_checkpoint("demo"))
     quality = export_bundle(model, tmp_path / "b", vocabulary=demo_vocabulary, precision="int4").quality
     assert quality is not None
     assert quality.judged == ["kl_nats"]
