@@ -58,10 +58,10 @@ class Speculation:
             self._n_exact += 1
 
     def _draft(self) -> list[int]:
-        """Return drafts that fit into the cache, or none. It runs at most steps, and small models feel microseconds."""
+        """Return drafts that fit into the cache, or none. It runs at almost every step: small models feel it."""
         room = self._cache.capacity - len(self._row) + 1
-        size = self._size if self._size <= room else SIZES[0] if SIZES[0] <= room else 1
-        drafts = self._lookup.draft(size - 1)
+        size = self._size if self._size <= room else SIZES[0]
+        drafts = self._lookup.draft(size - 1) if size <= room else []
         return drafts if drafts and (self._session.rounds_finely or self._session.is_batch_invariant) else []
 
     def _read_again(self, should_stop: ShouldStop) -> None:

@@ -219,7 +219,7 @@ def undecided(model: GPTModel) -> GPTModel:
 def test_of_a_text_that_may_go_on_in_many_ways_the_divergence_is_judged(
     demo_vocabulary: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer of the choices stay than have to where the model is sure; about 97 % do, whose bound is raised for it."""
+    """About 97 % of the choices stay, fewer than have to where a model is sure: the bound is raised above that."""
     monkeypatch.setitem(MIN_TOP1_AGREEMENT, "int4", 0.995)
     model = undecided(load_checkpoint("demo"))
     quality = export_bundle(model, tmp_path / "b", vocabulary=demo_vocabulary, precision="int4").quality
