@@ -34,7 +34,7 @@ def known_answers(prepared: Prepared, precision: str) -> dict[str, Any]:
     context, vocab_size = model.config.context_length, model.config.vocab_size
     random = np.random.default_rng(1)
     sizes = sorted({1, min(8, context), min(32, context)})
-    n_draws = 1 if prepared.cache_scales is None else 16
+    n_draws = 16 if prepared.int8_cache else 1
     draws = [[random.integers(vocab_size, size=size).tolist() for _ in range(n_draws)] for size in sizes]
     answers = [_answer(prepared, min(some, key=partial(_turned, prepared))) for some in draws]
     prompts = [prompt for prompt, _ in answers]
@@ -55,33 +55,29 @@ def _slack(prepared: Prepared, ids: list[int], logits: Tensor) -> float:
 
 def _turned(prepared: Prepared, ids: list[int]) -> float:
     """How much the last logits of ids change where keys and values between two steps round to the other one."""
-    if prepared.cache_scales is None:
+    if not prepared.int8_cache:
         return 0.0
     logits, changes = _last(prepared.model, ids), []
     for nudge in (NUDGE, -NUDGE):
-        with _nudged(prepared.model, [nudge * scales for scales in prepared.cache_scales]):
+        with _nudged(prepared.model, nudge):
             changes.append(float((_last(prepared.model, ids) - logits).abs().max()))
     return max(changes)
 
 
 @contextlib.contextmanager
-def _nudged(model: GPTModel, nudges: list[Tensor]) -> Iterator[None]:
-    """Let the model add these, (2D,) for each layer, to keys and values before it rounds them."""
+def _nudged(model: GPTModel, nudge: float) -> Iterator[None]:
+    """Let the model add this to keys and values before it rounds them."""
     blocks: list[Any] = [*model.trf_blocks]
     handles = [
-        layer.register_forward_hook(partial(_add, nudge), prepend=True)  # before the hook that rounds
-        for block, both in zip(blocks, nudges, strict=True)
-        for layer, nudge in zip((block.att.W_key, block.att.W_value), both.chunk(2), strict=True)
+        layer.register_forward_hook(lambda _, __, output: output + nudge, prepend=True)  # before the hook that rounds
+        for block in blocks
+        for layer in (block.att.W_key, block.att.W_value)
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _add(amount: Tensor, _: Any, __: Any, output: Tensor) -> Tensor:
-    return output + amount
 
 
 @torch.no_grad()

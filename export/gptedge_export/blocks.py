@@ -61,9 +61,9 @@ def round_activations(x: Tensor, bits: int) -> Tensor:
     return ((blocks * (127 / _nonzero(largest))).round() * (largest / 127)).flatten(-2)[..., : x.shape[-1]]
 
 
-def round_cache(x: Tensor, scales: Tensor) -> Tensor:
-    """Return keys or values (..., D) as a cache of 8 bits holds them, with a scale for each channel (D,)."""
-    return (x / scales).round().clamp(-128, 127) * scales
+def round_cache(x: Tensor) -> Tensor:
+    """Return keys or values as a cache of 8 bits holds them: whole numbers."""
+    return x.round().clamp(-128, 127)
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Blocks:

@@ -142,14 +142,13 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
     model = prepared.model
     if name == "decode_cuda":
         return trace(copy.deepcopy(model).to(CUDA_DTYPES[precision]), name, opset)
-    scales = prepared.cache_scales
     if name == "generate":
-        graph = generate_graph(trace_step(model, opset, scales), model.config)
+        graph = generate_graph(trace_step(model, opset, prepared.int8_cache), model.config)
     else:
-        graph = trace(model, name, opset, scales)
+        graph = trace(model, name, opset, prepared.int8_cache)
     prepared.store(graph)
     fold_weights(graph)
-    if name == "decode" and scales is not None:
+    if name == "decode" and prepared.int8_cache:
         (compute_by_row if precision == "int4" else drop_reshapes)(graph, model.config.emb_dim)
     return graph
 

@@ -64,13 +64,12 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Everything of a GPT but the attention; it holds the model's own tensors, and no dropout.
 
-    With ``cache_scales``, float32 (2D,) for each layer, its keys and values have 8 bits.
+    With ``int8_cache`` its keys and values are whole numbers of 8 bits.
     """
 
-    def __init__(self, model: GPTModel, cache_scales: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, model: GPTModel, int8_cache: bool = False) -> None:
         super().__init__()
-        self.config = model.config
-        self.cache_scales = None if cache_scales is None else nn.ParameterList(cache_scales)
+        self.config, self.int8_cache = model.config, int8_cache
         self.tok_emb, self.pos_emb = model.tok_emb, model.pos_emb
         self.blocks = nn.ModuleList(Block(block) for block in model.trf_blocks)
         self.final_norm = Norm(model.final_norm)
@@ -91,8 +90,8 @@ class Stack(nn.Module):
     def split(self, layer: int, qkv: Tensor, batch_size: int) -> Iterator[Tensor]:
         """Packed query, key, value (B*S, 3D) -> each of them (B, n_heads, S, head_dim)."""
         q, kv = qkv.tensor_split((self.config.emb_dim,), dim=-1)
-        if self.cache_scales is not None:
-            kv = round_cache(kv, self.cache_scales[layer])
+        if self.int8_cache:
+            kv = round_cache(kv)
         return (heads(x, self.config, batch_size) for x in (q, *kv.chunk(2, dim=-1)))
 
     def logits(self, x: Tensor, batch_size: int) -> Tensor:
@@ -211,10 +210,9 @@ class Decode(Stack):
             k, v = past[layer]
             inputs = [qkv, None, None, k, v, seqlens_k, total_sequence_length]
             attributes = {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5}
-            if self.cache_scales is not None:
-                scales = self.cache_scales[layer].view(2, n_heads, head_dim)
-                inputs += [*[None] * 5, *F.pad(scales, (0, width - head_dim), value=1.0).flatten(1)]
-                attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+            if self.int8_cache:
+                inputs += [*[None] * 5, *[torch.ones(1)] * 2]  # the scales
+                attributes |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
             context, k, v = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",
                 inputs,

@@ -6,7 +6,6 @@ the last ``context_length`` tokens and an empty cache, as often as it takes: onc
 and then for each token, as the book does. In the shapes below B is the batch and W the number of tokens read so far.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ class Step(Growing):
         return (~ended).any(), next_ids[:, None], next_mask, ended, next_ids, present
 
 
-def trace_step(model: GPTModel, opset: int, cache_scales: Sequence[Tensor] | None = None) -> ir.Model:
+def trace_step(model: GPTModel, opset: int, int8_cache: bool = False) -> ir.Model:
     """Export :class:`Step`; outputs in the order that ``Loop`` wants: go on, carried values, what is collected."""
     batch, new, past = 2, 3, 5
     sample = {
@@ -58,7 +57,7 @@ def trace_step(model: GPTModel, opset: int, cache_scales: Sequence[Tensor] | Non
     cache = torch.zeros(batch, model.config.n_heads, past, model.config.head_dim)
     caches = {"past": (cache, {0: "batch_size", 2: "past_length"})}
     outputs = ["go_on", "next_new_ids", "next_mask", "next_ended", "next_ids"]
-    step = export(Step(model, cache_scales), sample, caches, outputs, opset)
+    step = export(Step(model, int8_cache), sample, caches, outputs, opset)
     step.graph.outputs.append(step.graph.outputs.pop(4))
     return step
 

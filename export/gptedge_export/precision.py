@@ -32,12 +32,12 @@ HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Prepared:
     """``model`` computes with the weights that are stored, and ``store`` puts them into a graph traced from it.
 
-    With ``cache_scales``, float32 (2D,) for each layer, keys and values have 8 bits, in ``model`` as in the graphs.
+    With ``int8_cache`` keys and values are whole numbers of 8 bits, in ``model`` as in the graphs.
     Within ``as_computed()`` the model rounds whatever else the graphs' kernels round.
     """
 
     model: GPTModel
-    cache_scales: list[Tensor] | None
+    int8_cache: bool
     store: Callable[[ir.Model], None]
     as_computed: Callable[[], AbstractContextManager[None]]
 
@@ -48,14 +48,14 @@ def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, 
     Raises :class:`ExportError` for a weight that the type does not hold.
     """
     if precision == "fp32":
-        return Prepared(model, None, lambda graph: None, contextlib.nullcontext)
+        return Prepared(model, False, lambda graph: None, contextlib.nullcontext)
     if precision in HALVES:
         store = partial(store_half, dtype=HALVES[precision])
-        return Prepared(_to_half(model, precision), None, store, contextlib.nullcontext)
+        return Prepared(_to_half(model, precision), False, store, contextlib.nullcontext)
     quantised = quantise(model, BITS[precision], texts, progress=progress)
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
     store = partial(store_blocks, weights=table)
-    return Prepared(quantised.model, quantised.cache_scales, store, quantised.as_computed)
+    return Prepared(quantised.model, True, store, quantised.as_computed)
 
 
 def _to_half(model: GPTModel, precision: str) -> GPTModel:

@@ -23,15 +23,13 @@ Run = Callable[[Tensor], Tensor]
 class Quantised:
     """``model`` has the rounded weights; ``weights`` are the same as integers, layers of one input joined.
 
-    The keys and values that ``model`` computes are those of a cache of 8 bits. ``cache_scales`` float32 (2D,) are, for
-    each layer, the scales of the channels of its keys and, behind them, of its values.
+    The keys and values that ``model`` computes are whole numbers of 8 bits.
     """
 
     model: GPTModel
     bits: int
     head_bits: int
     weights: list[Blocks]
-    cache_scales: list[Tensor]
 
     @contextlib.contextmanager
     def as_computed(self) -> Iterator[None]:
@@ -53,7 +51,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     rounded blocks before it pass them on, so that it can mend their errors.
     """
     tied = torch.equal(model.tok_emb.weight, model.out_head.weight)
-    rounded = Quantised(copy.deepcopy(model).eval(), bits, TABLE_BITS if tied else bits, [], [])
+    rounded = Quantised(copy.deepcopy(model).eval(), bits, TABLE_BITS if tied else bits, [])
     model = rounded.model
     model.out_head.weight = nn.Parameter(model.out_head.weight.clone())  # it may be the table itself
     table = round_to_nearest(model.tok_emb.weight, TABLE_BITS)
@@ -62,12 +60,11 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
         blocks: list[Any] = [*model.trf_blocks]
         for block in tqdm(blocks, desc="quantise", unit=" layers", disable=not progress, leave=False):
             att, (up, _, down) = block.att, block.ff.layers
-            scales = _smooth(block, inputs)
+            _smooth(block, inputs)
             groups = [[att.W_query, att.W_key, att.W_value], [att.out_proj], [up], [down]]
             rounded.weights.extend(_round_layers(groups, bits, inputs, block))
-            rounded.cache_scales.append(scales.flatten())
-            for layer, scale in zip((att.W_key, att.W_value), scales, strict=True):
-                layer.register_forward_hook(_round_output(scale))
+            for layer in (att.W_key, att.W_value):
+                layer.register_forward_hook(_round_output)
             inputs = [block(x) for x in inputs]
         rounded.weights.extend(_round_layers([[model.out_head]], rounded.head_bits, inputs, _head(model)))
     if tied:
@@ -81,8 +78,8 @@ def _round_input(bits: int) -> Any:
     return lambda _, inputs: round_activations(inputs[0], bits)
 
 
-def _round_output(scales: Tensor) -> Any:
-    return lambda _, __, output: round_cache(output, scales)
+def _round_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    return round_cache(output)
 
 
 def _layers(blocks: nn.Module) -> list[nn.Linear]:
@@ -131,12 +128,12 @@ def _moments(layers: list[nn.Linear], bits: int, inputs: list[Tensor], run: Run)
     return sums
 
 
-def _smooth(block: Any, inputs: list[Tensor]) -> Tensor:
+def _smooth(block: Any, inputs: list[Tensor]) -> None:
     """Even out the channels behind each norm: what the norm's output loses in size, the weights that read it gain.
 
     The block computes what it did; a channel far larger than the others no longer takes the bits of its neighbours
-    (SmoothQuant: Xiao et al., 2022, arXiv 2211.10438, with its alpha of 0.5). Returns scales (2, D) with which 8 bits
-    hold the block's keys and values, and a tenth more than the largest seen.
+    (SmoothQuant: Xiao et al., 2022, arXiv 2211.10438, with its alpha of 0.5). In the same way the channels of keys and
+    values come to fill 8 bits, which hold a tenth more than the largest seen; queries and ``out_proj`` make up for it.
     """
     att = block.att
     readers = {block.norm1: [att.W_query, att.W_key, att.W_value], block.norm2: [block.ff.layers[0]]}
@@ -149,7 +146,12 @@ def _smooth(block: Any, inputs: list[Tensor]) -> Tensor:
         norm.shift.div_(factor)
         for layer in layers:
             layer.weight.mul_(factor)
-    return (reaches[2:] * 1.1 / 127).clamp(min=1e-6)
+    key_steps, value_steps = (reaches[2:] * 1.1 / 127).clamp(min=1e-6)  # (D,)
+    for layer, factors in ((att.W_query, key_steps), (att.W_key, 1 / key_steps), (att.W_value, 1 / value_steps)):
+        layer.weight.mul_(factors[:, None])
+        if layer.bias is not None:
+            layer.bias.mul_(factors)
+    att.out_proj.weight.mul_(value_steps)
 
 
 def _reaches(layers: list[Any], inputs: list[Tensor], run: Run) -> Tensor:

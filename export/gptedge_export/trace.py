@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -45,16 +45,16 @@ def _sample(name: str, config: GPTConfig) -> Sample:
     }
 
 
-def trace(model: GPTModel, name: str, opset: int, cache_scales: Sequence[Tensor] | None = None) -> ir.Model:
+def trace(model: GPTModel, name: str, opset: int, int8_cache: bool = False) -> ir.Model:
     """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
     config, caches = model.config, {}
     if name != "forward":
-        dtype = torch.int8 if name == "decode" and cache_scales is not None else model.tok_emb.weight.dtype
+        dtype = torch.int8 if name == "decode" and int8_cache else model.tok_emb.weight.dtype
         cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config), dtype=dtype)
         length = "past_sequence_length" if name == "model" else "max_sequence_length"
         caches = {"past_key_values": (cache, {0: "batch_size", 2: length})}
     outputs = ["logits", "best_ids"] if name == "decode_cuda" else ["logits"]
-    return export(GRAPHS[name](model, cache_scales), _sample(name, config), caches, outputs, opset)
+    return export(GRAPHS[name](model, int8_cache), _sample(name, config), caches, outputs, opset)
 
 
 def export(module: Stack, sample: Sample, caches: Sample, outputs: list[str], opset: int) -> ir.Model:

@@ -31,7 +31,7 @@ def graphs(request: pytest.FixtureRequest) -> Graphs:
     prepared = prepare(GPTModel(config), "int4", [[*range(40)]], progress=False)
     made = {}
     for name, change in (("by row", compute_by_row), ("at once", drop_reshapes)):
-        made[name] = trace(prepared.model, "decode", opset, prepared.cache_scales)
+        made[name] = trace(prepared.model, "decode", opset, prepared.int8_cache)
         prepared.store(made[name])
         change(made[name], config.emb_dim)
     return config, made
