@@ -194,22 +194,22 @@ def test_evening_out_channels_changes_nothing_but_keys_and_values() -> None:
 def with_outliers(place: str, factor: float) -> GPTModel:
     """The demo model with one channel far larger, and what reads it as much smaller."""
     model = load_checkpoint("demo")
-    if place == "final norm":
-        model.out_head.weight = torch.nn.Parameter(model.out_head.weight.data.clone())  # no longer the table's
-    for block in model.trf_blocks:
-        part: Any = block
-        if place == "norms":
-            part.norm1.scale.data[3] *= factor
-            part.norm1.shift.data[3] *= factor
-            for layer in (part.att.W_query, part.att.W_key, part.att.W_value):
-                layer.weight.data[:, 3] /= factor
-        elif place == "values":
-            part.att.W_value.weight.data[3] *= factor
-            part.att.out_proj.weight.data[:, 3] /= factor
-    if place == "final norm":
-        model.final_norm.scale.data[3] *= factor
-        model.final_norm.shift.data[3] *= factor
-        model.out_head.weight.data[:, 3] /= factor
+    model.out_head.weight = torch.nn.Parameter(model.out_head.weight.data.clone())  # apart from the token table
+    blocks: list[Any] = [*model.trf_blocks]
+    readers: dict[Any, list[Any]] = {}
+    if place == "values":
+        for block in blocks:
+            block.att.W_value.weight.data[3] *= factor
+            block.att.out_proj.weight.data[:, 3] /= factor
+    elif place == "norms":
+        readers = {block.norm1: [block.att.W_query, block.att.W_key, block.att.W_value] for block in blocks}
+    else:
+        readers = {model.final_norm: [model.out_head]}
+    for norm, layers in readers.items():
+        norm.scale.data[3] *= factor
+        norm.shift.data[3] *= factor
+        for layer in layers:
+            layer.weight.data[:, 3] /= factor
     return model
 
 
