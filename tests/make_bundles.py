@@ -5,10 +5,11 @@ tests/gpu, and FOLDER/outliers, the same with a large value in every token's emb
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at
-those precisions.
+those precisions. FOLDER/long is at int8, with a context of 160 tokens.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 TINY = GPTConfig(vocab_size=270, context_length=32, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
 ODD = GPTConfig(vocab_size=257, context_length=7, emb_dim=15, n_heads=3, n_layers=1, drop_rate=0.0)
+LONG = replace(TINY, context_length=160)
 LENGTHS = (1, 2, 5, 17, 31, 32, 40)  # of prompts: up to the context, at it, beyond it
 MIN_MARGIN = 1e-3  # between the two largest logits of every choice, far above the rounding of any CPU
 
@@ -31,12 +33,12 @@ def tiny_vocabulary() -> Vocabulary:
     return Vocabulary([bytes([byte]) for byte in range(256)] + merges, {"<|endoftext|>": 261})
 
 
-def random_model(config: GPTConfig) -> GPTModel:
+def random_model(config: GPTConfig, gain: float = 4) -> GPTModel:
     torch.manual_seed(123)
     model = GPTModel(config).eval()
     for name, weight in model.named_parameters():
         if ".att." in name and name.endswith("weight"):
-            weight.data *= 4  # attention counts, so that a fault in the cache changes ids
+            weight.data *= gain  # attention counts, so that a fault in the cache changes ids
     model.out_head.weight.data *= 8  # choices are clear
     return model
 
@@ -77,6 +79,9 @@ def main(folder: Path) -> None:
     write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
     for precision in ("int8", "int4"):
         export_bundle(model, folder / precision, vocabulary=tiny_vocabulary(), precision=precision, force=True)
+    export_bundle(
+        random_model(LONG, gain=1), folder / "long", vocabulary=tiny_vocabulary(), precision="int8", force=True
+    )
     model = random_model(TINY)
     head = model.out_head.weight.data
     head[1:4] = head[0] * torch.tensor([[1.0], [-1.0], [-1.0]]) * (1 + 1e-7 * torch.randn(3, TINY.emb_dim))

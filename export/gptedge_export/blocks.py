@@ -13,6 +13,9 @@ MAX_BLOCK_SIZE = {8: 64, 4: 256}
 """By bits. Up to 64 the kernel for 8 bits gives a row the same bits alone and among others, so that batches and drafts
 turn no token. For 4 bits the largest block is the fastest with VNNI, a tenth behind without (docs/performance.md)."""
 
+LEAST = 1e-12
+"""A row of activations that is all but zero has the scale of one with this largest magnitude."""
+
 _DAMPING = 0.01
 _SCALES = torch.linspace(0.7, 1.1, 17).tolist()
 
@@ -61,6 +64,12 @@ def round_activations(x: Tensor, bits: int) -> Tensor:
     return ((blocks * (127 / _nonzero(largest))).round() * (largest / 127)).flatten(-2)[..., : x.shape[-1]]
 
 
+def round_rows(x: Tensor, activation_max: int) -> Tensor:
+    """Return ``x`` (..., K) as ``prefill.onnx`` reads it: whole numbers up to that, one scale for each row."""
+    steps = x.abs().amax(-1, keepdim=True).clamp(min=LEAST) / activation_max
+    return (x / steps).round() * steps
+
+
 def round_cache(x: Tensor) -> Tensor:
     """Return keys or values as a cache of 8 bits holds them: whole numbers."""
     return x.round().clamp(-128, 127)
@@ -73,19 +82,23 @@ def round_to_nearest(weight: Tensor, bits: int) -> Blocks:
     return Blocks(_integers(blocks, scales, bits).to(torch.int8), scales, bits, weight.shape[1])
 
 
-def round_by_inputs(weight: Tensor, bits: int, moments: Tensor) -> Blocks:
+def round_by_inputs(weight: Tensor, bits: int, moments: Tensor, *, by_row: bool = False) -> Blocks:
     """Round float32 (N, K) column by column; what each rounding changes in the outputs, the columns after it mend.
 
     ``moments`` float64 (K', K') is the sum of x x^T over inputs x that the layer sees, K filled up to whole blocks
-    (GPTQ: Frantar et al., 2022, arXiv 2210.17323, with the scale of a block chosen when its turn comes).
+    (GPTQ: Frantar et al., 2022, arXiv 2210.17323, with the scale of a block chosen when its turn comes). ``by_row``:
+    all blocks of an output have one scale.
     """
     blocks = in_blocks(weight, bits).clone()  # (N, n_blocks, block_size)
     size = blocks.shape[2]
     factor = _inverse_root(moments).float()  # (K', K'), upper triangular
     integers, scales = torch.empty_like(blocks), torch.empty_like(blocks[..., :1])
+    if by_row:
+        scales[:] = _best_scales(blocks.flatten(1), bits)[:, None]
     for i in range(blocks.shape[1]):
         columns, errors = blocks[:, i], torch.empty_like(blocks[:, i])  # (N, block_size)
-        scales[:, i] = _best_scales(columns, bits)
+        if not by_row:
+            scales[:, i] = _best_scales(columns, bits)
         square = factor[i * size : (i + 1) * size]
         for j in range(size):
             place = i * size + j

@@ -27,7 +27,7 @@ from .quality import Quality, measure, sample_texts
 from .reshapes import drop_reshapes
 from .rows import compute_by_row
 from .trace import trace
-from .verify import Check, verify
+from .verify import Check, verify, verify_prefill
 from .vocabulary import Vocabulary
 
 DEFAULT_OPSET = 20
@@ -112,10 +112,13 @@ def export_bundle(
     with atomic_folder(out, replace=force) as folder:
         texts, held_out = ([], []) if precision == "fp32" else sample_texts(vocabulary, model.config, calibration)
         prepared = prepare(model, precision, texts, progress=progress)
-        wanted = [name for name in GRAPHS if cuda or name != "decode_cuda"]
+        optional = {"decode_cuda": cuda, "prefill": prepared.store_prefill is not None}
+        wanted = [name for name in GRAPHS if optional.get(name, True)]
         graphs = _write_graphs(prepared, folder, wanted, precision, opset, progress)
         with prepared.as_computed():
             checks = verify(prepared.model, folder, precision=precision, progress=progress)
+        if "prefill" in graphs:
+            checks += verify_prefill(prepared, folder, precision=precision, progress=progress)
         answers = known_answers(prepared, precision)
         name = "the stories" if calibration is None else "the calibration text"
         quality = None if precision == "fp32" else measure(model, folder, precision, held_out, name)
@@ -146,6 +149,9 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
         graph = generate_graph(trace_step(model, opset, prepared.int8_cache), model.config)
     else:
         graph = trace(model, name, opset, prepared.int8_cache)
+    if name == "prefill" and prepared.store_prefill is not None:
+        prepared.store_prefill(graph)
+        return graph
     prepared.store(graph)
     fold_weights(graph)
     if name == "decode" and prepared.int8_cache:

@@ -174,10 +174,12 @@ def _cost(quality: Quality) -> str:
     unjudged = f"not judged, the text {'may go on in many ways' if quality.judged else 'is strange to it'}"
     top1_bound = f"bound {quality.min_top1_agreement:.1%}" if "top1_agreement" in quality.judged else unjudged
     kl_bound = f" (bound {quality.max_kl_nats:g})" if "kl_nats" in quality.judged else ""
-    same = ", ".join(map(str, quality.greedy_tokens))
+    same, behind = ", ".join(map(str, quality.greedy_tokens)), ""
+    if quality.top1_agreement_behind_prompts is not None:
+        behind = f"; behind a prompt {quality.top1_agreement_behind_prompts:.2%}"
     return (
         f"cost beside fp32, on {quality.tokens:,} tokens of {quality.text}: top-1 agreement "
-        f"{quality.top1_agreement:.2%} ({top1_bound}),\n"
+        f"{quality.top1_agreement:.2%}{behind} ({top1_bound}),\n"
         f"perplexity {quality.perplexity:,.4f} instead of {quality.fp32_perplexity:,.4f}, "
         f"|d logits| max {quality.max_abs_diff:.2g}, mean {quality.mean_abs_diff:.2g}, "
         f"KL {quality.kl_nats:.2g} nats{kl_bound},\n"

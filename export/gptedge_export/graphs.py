@@ -227,6 +227,53 @@ class Decode(Stack):
         return attend
 
 
+class Prefill(Stack):
+    """``prefill.onnx``: keys and values of a part of a prompt, ids (1, S) behind a past of P, and no logits.
+
+    Both are int8 (1, n_heads, P, width) in and (1, n_heads, S, width) out, for each layer. What follows a prompt is
+    chosen where ``decode.onnx`` reads its last token.
+    """
+
+    def forward(self, input_ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        config, width = self.config, past[0][0].shape[3]
+        length, past_length = input_ids.shape[1], past[0][0].shape[2]
+        total = torch.full((), past_length + length, dtype=torch.int32)
+        present: list[tuple[Tensor, Tensor]] = []
+
+        def split(qkv: Tensor) -> list[Tensor]:
+            """Query, key and value, (1, S, n_heads, width) each; of the latter two the whole numbers are kept."""
+            q, kv = qkv.tensor_split((config.emb_dim,), dim=-1)
+            rows = [x.view(1, -1, config.n_heads, config.head_dim) for x in (q, *round_cache(kv).chunk(2, dim=-1))]
+            q, k, v = (widen(x, width) for x in rows)
+            present.append((k.transpose(1, 2).to(torch.int8), v.transpose(1, 2).to(torch.int8)))
+            return [q, k, v]
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            q, k, v = (x.flatten(2) for x in split(qkv))
+            past_k, past_v = (x.float() for x in past[layer])
+            context, _, _ = torch.onnx.ops.symbolic_multi_out(
+                "com.microsoft::GroupQueryAttention",
+                [q, k, v, past_k, past_v, total.view(1) - 1, total],
+                {
+                    "num_heads": config.n_heads,
+                    "kv_num_heads": config.n_heads,
+                    "do_rotary": 0,
+                    "scale": config.head_dim**-0.5,
+                },
+                dtypes=[q.dtype] * 3,
+                shapes=[q.shape, *[(1, config.n_heads, past_length + length, width)] * 2],
+                version=1,
+            )
+            return context.view(-1, config.n_heads, width)[..., : config.head_dim].flatten(1)  # (S, D)
+
+        *blocks, last = list[Any](self.blocks)
+        x = self.embed(input_ids, past_length + torch.arange(length))  # (S, D)
+        for layer, block in enumerate(blocks):
+            x = block(x, layer, attend)
+        split(last.qkv(last.norm1(x)))
+        return present
+
+
 class DecodeOnCuda(Decode):
     """``decode_cuda.onnx``: what ``decode.onnx`` computes, as CUDA can, and the most likely ids beside the logits.
 
@@ -324,6 +371,7 @@ GRAPHS: dict[str, type[Stack]] = {
     "decode_cuda": DecodeOnCuda,
     "forward": Forward,
     "model": Cached,
+    "prefill": Prefill,
 }
 
 
@@ -341,4 +389,4 @@ def cache_names(prefix: str, config: GPTConfig) -> list[str]:
 
 def cache_width(name: str, config: GPTConfig) -> int:
     """Width of a head in the cache: ``GroupQueryAttention`` takes multiples of 8, the rest is filled with zeros."""
-    return -(-config.head_dim // 8) * 8 if name in IN_PLACE else config.head_dim
+    return -(-config.head_dim // 8) * 8 if name in (*IN_PLACE, "prefill") else config.head_dim

@@ -6,8 +6,6 @@ the last ``context_length`` tokens and an empty cache, as often as it takes: onc
 and then for each token, as the book does. In the shapes below B is the batch and W the number of tokens read so far.
 """
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -16,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 from torch import Tensor
 
 from .graphs import Growing
+from .operators import Ops
 from .trace import export
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
@@ -60,23 +59,6 @@ def trace_step(model: GPTModel, opset: int, int8_cache: bool = False) -> ir.Mode
     step = export(Step(model, int8_cache), sample, caches, outputs, opset)
     step.graph.outputs.append(step.graph.outputs.pop(4))
     return step
-
-
-class Ops(ir.tape.Tape):
-    """Operators by name, ``ops.Concat(a, b, axis=1)``; a number or list among the inputs becomes a constant."""
-
-    def __getattr__(self, name: str) -> Any:
-        def add(*inputs: Any, **attributes: Any) -> ir.Value:
-            values = [x if isinstance(x, ir.Value) else self.Constant(value=ir.tensor(np.array(x))) for x in inputs]
-            return self.op(name, values, attributes)
-
-        return add
-
-    def loop(self, count: ir.Value, body: ir.Graph, carried: list[ir.Value]) -> list[ir.Value]:
-        """Repeat ``body`` at most ``count`` times, while its first output is true; returns its other outputs."""
-        begin = self.Constant(value=ir.tensor(np.array(True)))
-        n_outputs = len(body.outputs) - 1
-        return list(self.op_multi_out("Loop", [count, begin, *carried], {"body": body}, num_outputs=n_outputs))
 
 
 def generate_graph(step: ir.Model, config: GPTConfig) -> ir.Model:

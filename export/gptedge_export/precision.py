@@ -17,12 +17,16 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import NameFixPass
 from torch import Tensor
 
-from .blocks import Blocks
+from .blocks import LEAST, Blocks
 from .errors import ExportError
-from .quantise import quantise
+from .operators import Ops
+from .quantise import PREFILL_BITS, quantise
 
 BITS = {"int8": 8, "int4": 4}
 """Of a weight, at the precisions that round activations too."""
+
+Add = Callable[[str, Tensor], ir.Value]
+Multiply = Callable[[ir.Node, Blocks, Add], list[ir.Node]]
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """Of a weight, at the precisions that take half of float32's bytes."""
@@ -33,13 +37,16 @@ class Prepared:
     """``model`` computes with the weights that are stored, and ``store`` puts them into a graph traced from it.
 
     With ``int8_cache`` keys and values are whole numbers of 8 bits, in ``model`` as in the graphs.
-    Within ``as_computed()`` the model rounds whatever else the graphs' kernels round.
+    Within ``as_computed()`` the model rounds whatever else the graphs' kernels round; ``as_computed(n, m)`` has the
+    first n tokens read by ``prefill.onnx`` with an ``activation_max`` of m. ``store_prefill`` puts the weights into
+    that, where this precision has one.
     """
 
     model: GPTModel
     int8_cache: bool
     store: Callable[[ir.Model], None]
-    as_computed: Callable[[], AbstractContextManager[None]]
+    as_computed: Callable[..., AbstractContextManager[None]]
+    store_prefill: Callable[[ir.Model], None] | None = None
 
 
 def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, progress: bool) -> Prepared:
@@ -54,8 +61,9 @@ def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, 
         return Prepared(_to_half(model, precision), False, store, contextlib.nullcontext)
     quantised = quantise(model, BITS[precision], texts, progress=progress)
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
-    store = partial(store_blocks, weights=table)
-    return Prepared(quantised.model, True, store, quantised.as_computed)
+    store = partial(store_blocks, weights=table, multiply=_multiply)
+    by_row = partial(store_rows, weights=table) if BITS[precision] == PREFILL_BITS else None
+    return Prepared(quantised.model, True, store, quantised.as_computed, by_row)
 
 
 def _to_half(model: GPTModel, precision: str) -> GPTModel:
@@ -77,7 +85,7 @@ def store_half(graph: ir.Model, dtype: torch.dtype) -> None:
     for name, value in list(graph.graph.initializers.items()):
         array = _array(value)
         if array is not None and array.dtype == np.float32:
-            half = _add(graph, f"{name}.half", torch.from_numpy(array).to(dtype))
+            half = _add(graph, name, "half", torch.from_numpy(array).to(dtype))
             for node, index in list(value.uses()):
                 if node.op_type == "Gather":
                     rows = ir.node("Gather", [half, node.inputs[1]])
@@ -90,47 +98,82 @@ def store_half(graph: ir.Model, dtype: torch.dtype) -> None:
     NameFixPass()(graph)  # a loop's body names its new values as the graph around it does
 
 
-def store_blocks(graph: ir.Model, weights: dict[bytes, Blocks]) -> None:
+def store_blocks(graph: ir.Model, weights: dict[bytes, Blocks], multiply: Multiply) -> None:
     """Replace what reads one of these weights, found by the digest of its float32 bytes, by what reads its integers."""
     for name, value in list(graph.graph.initializers.items()):
         array = _array(value)
         blocks = None if array is None else weights.get(_digest(array))
         if blocks is not None:
-            integers = _add(graph, f"{name}.integers", blocks.packed().numpy())
-            scales = _add(graph, f"{name}.scales", blocks.scales[..., 0].numpy())
             for node, _ in list(value.uses()):
-                make = _gather if node.op_type == "Gather" else _multiply
-                _replace(node, make(node, blocks, integers, scales))
+                make = _gather if node.op_type == "Gather" else multiply
+                _replace(node, make(node, blocks, partial(_add, graph, name)))
             del graph.graph.initializers[name]
     graph.graph.opset_imports.setdefault("com.microsoft", 1)
     NameFixPass()(graph)
 
 
-def _multiply(node: ir.Node, blocks: Blocks, integers: ir.Value, scales: ir.Value) -> list[ir.Node]:
+def store_rows(graph: ir.Model, weights: dict[bytes, Blocks]) -> None:
+    """The same for ``prefill.onnx``, with an input ``activation_max`` and an output ``is_exact``.
+
+    Inputs of layers become whole numbers up to ``activation_max``, and up to 63 on a processor that adds two products
+    in 16 bits, as x86 does without VNNI. Such a one is found by an example, whose sums are not those that they should
+    be: then ``is_exact`` is 0.
+    """
+    activation_max = ir.val("activation_max", ir.DataType.FLOAT, [])
+    graph.graph.inputs.append(activation_max)
+    ops = Ops()
+    sums = ops.MatMulInteger(np.full((8, 64), 255, np.uint8), np.full((64, 16), 127, np.int8))  # (8, 16)
+    is_right = ops.Cast(ops.Equal(sums, np.int32(64 * 255 * 127)), to=ir.DataType.INT32)
+    is_exact = ops.ReduceMin(is_right, keepdims=0)
+    is_exact.name, is_exact.dtype, is_exact.shape = "is_exact", ir.DataType.INT32, ir.Shape([])
+    bound = ops.Where(ops.Cast(is_exact, to=ir.DataType.BOOL), activation_max, ops.Min(activation_max, np.float32(63)))
+    graph.graph.insert_before(graph.graph[0], list(ops.nodes))
+    graph.graph.outputs.append(is_exact)
+    store_blocks(graph, weights, partial(_multiply_rows, activation_max=bound))
+
+
+def _multiply(node: ir.Node, blocks: Blocks, add: Add) -> list[ir.Node]:
     """``Gemm`` -> ``MatMulNBits``, whose accuracy level 4 rounds the inputs to 8 bits block by block."""
     assert node.op_type == "Gemm"
     bias = [None, None, node.inputs[2]] if len(node.inputs) == 3 else []
     n_rows, _, size = blocks.integers.shape
     attributes = {"K": blocks.width, "N": n_rows, "bits": blocks.bits, "block_size": size, "accuracy_level": 4}
-    inputs = [node.inputs[0], integers, scales, *bias]
+    inputs = [node.inputs[0], add("integers", blocks.packed()), add("scales", blocks.scales[..., 0]), *bias]
     return [ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", version=1)]
 
 
-def _gather(node: ir.Node, blocks: Blocks, integers: ir.Value, scales: ir.Value) -> list[ir.Node]:
+def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.Value) -> list[ir.Node]:
+    """``Gemm`` -> ``MatMulIntegerToFloat``, before which each row of the inputs (S, K) is rounded by itself.
+
+    The weights stand on the left, as they are stored: ONNX Runtime multiplies unsigned by signed integers twice as fast
+    as other ones, and so the inputs are the signed ones, on the right.
+    """
+    assert node.op_type == "Gemm"
+    ops, x = Ops(), node.inputs[0]
+    steps = ops.Div(ops.Max(ops.ReduceMax(ops.Abs(x), [-1]), np.float32(LEAST)), activation_max)  # (S, 1)
+    one, zero = np.float32(1), np.int8(0)
+    columns = ops.Transpose(ops.QuantizeLinear(ops.Div(x, steps), one, zero), perm=[1, 0])  # (K, S)
+    integers = blocks.packed().flatten(1)  # (N, K'), filled up to whole blocks
+    if integers.shape[1] > blocks.width:
+        columns = ops.Pad(columns, [0, 0, integers.shape[1] - blocks.width, 0])  # (K', S)
+    inputs = [add("rows", integers), columns, ops.Constant(value=ir.tensor(one)), ops.Reshape(steps, [-1])]
+    inputs += [ops.Constant(value=ir.tensor(number)) for number in (np.uint8(128), zero)]
+    product = ops.op("MatMulIntegerToFloat", inputs, domain="com.microsoft", version=1)  # (N, S)
+    out = ops.Mul(ops.Transpose(product, perm=[1, 0]), add("row_scales", blocks.scales[:, 0, 0]))  # (S, N)
+    if len(node.inputs) == 3:
+        ops.Add(out, node.inputs[2])
+    return list(ops.nodes)
+
+
+def _gather(node: ir.Node, blocks: Blocks, add: Add) -> list[ir.Node]:
     """The rows of a table of 8 bits, by standard operators: (B, S) -> (B, S, D)."""
     assert blocks.bits == 8
-    ops = ir.tape.Tape()
-    rows = ops.op("Cast", [ops.op("Gather", [integers, node.inputs[1]])], {"to": ir.DataType.FLOAT})
-    rows = ops.op(
-        "Sub", [rows, ops.op("Constant", [], {"value": ir.tensor(np.float32(128))})]
-    )  # (B, S, n_blocks, size)
-    factors = ops.op("Gather", [scales, node.inputs[1]])  # (B, S, n)
-    factors = ops.op("Unsqueeze", [factors, ops.op("Constant", [], {"value": ir.tensor([-1])})])
-    shape = ops.op("Constant", [], {"value": ir.tensor([0, 0, -1])})
-    flat = ops.op("Reshape", [ops.op("Mul", [rows, factors]), shape])
+    ops, ids = Ops(), node.inputs[1]
+    integers = ops.Cast(ops.Gather(add("integers", blocks.packed()), ids), to=ir.DataType.FLOAT)
+    factors = ops.Unsqueeze(ops.Gather(add("scales", blocks.scales[..., 0]), ids), [-1])  # (B, S, n_blocks, 1)
+    flat = ops.Reshape(ops.Mul(ops.Sub(integers, np.float32(128)), factors), [0, 0, -1])
     if blocks.integers[0].numel() > blocks.width:
-        ends = [ops.op("Constant", [], {"value": ir.tensor([place])}) for place in (0, blocks.width, 2)]
-        ops.op("Slice", [flat, *ends])
+        ops.Slice(flat, [0], [blocks.width], [2])
     return list(ops.nodes)
 
 
@@ -140,10 +183,12 @@ def _array(value: ir.Value) -> NDArray[np.float32] | None:
     return None if tensor is None or len(tensor.shape) != 2 else tensor.numpy()
 
 
-def _add(graph: ir.Model, name: str, array: NDArray[Any] | Tensor) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.graph.register_initializer(value)
-    return value
+def _add(graph: ir.Model, name: str, part: str, tensor: Tensor) -> ir.Value:
+    """An initializer of the graph, one for all that ask for the same."""
+    name = f"{name}.{part}"
+    if name not in graph.graph.initializers:
+        graph.graph.register_initializer(ir.val(name, const_value=ir.tensor(tensor.contiguous(), name=name)))
+    return graph.graph.initializers[name]
 
 
 def _replace(node: ir.Node, nodes: list[ir.Node]) -> None:

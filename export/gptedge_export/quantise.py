@@ -11,10 +11,13 @@ from gptedge_models import GPTModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .blocks import Blocks, in_blocks, round_activations, round_by_inputs, round_cache, round_to_nearest
+from .blocks import Blocks, in_blocks, round_activations, round_by_inputs, round_cache, round_rows, round_to_nearest
 
 TABLE_BITS = 8
 """Of the token table at each precision: a row is read for each token, so it costs size and no speed."""
+
+PREFILL_BITS = 8
+"""Of the weights that ``prefill.onnx`` reads: a row of them has one scale, so that sums stay integers to their end."""
 
 Run = Callable[[Tensor], Tensor]
 
@@ -32,9 +35,10 @@ class Quantised:
     weights: list[Blocks]
 
     @contextlib.contextmanager
-    def as_computed(self) -> Iterator[None]:
-        """Let the layers of ``model`` round their inputs, too, as the kernels do."""
-        handles = [layer.register_forward_pre_hook(_round_input(self.bits)) for layer in _layers(self.model.trf_blocks)]
+    def as_computed(self, n_prefilled: int = 0, activation_max: int = 127) -> Iterator[None]:
+        """Let the layers of ``model`` round their inputs, too, as the kernels do; so many tokens, as prefill.onnx."""
+        hook = _round_input(self.bits, n_prefilled, activation_max)
+        handles = [layer.register_forward_pre_hook(hook) for layer in _layers(self.model.trf_blocks)]
         handles.append(self.model.out_head.register_forward_pre_hook(_round_input(self.head_bits)))
         try:
             yield
@@ -62,7 +66,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
             att, (up, _, down) = block.att, block.ff.layers
             _smooth(block, inputs)
             groups = [[att.W_query, att.W_key, att.W_value], [att.out_proj], [up], [down]]
-            rounded.weights.extend(_round_layers(groups, bits, inputs, block))
+            rounded.weights.extend(_round_layers(groups, bits, inputs, block, by_row=bits == PREFILL_BITS))
             for layer in (att.W_key, att.W_value):
                 layer.register_forward_hook(_round_output)
             inputs = [block(x) for x in inputs]
@@ -74,8 +78,12 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     return rounded
 
 
-def _round_input(bits: int) -> Any:
-    return lambda _, inputs: round_activations(inputs[0], bits)
+def _round_input(bits: int, n_prefilled: int = 0, activation_max: int = 127) -> Any:
+    def rounded(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        prompt, rest = inputs[0][:, :n_prefilled], inputs[0][:, n_prefilled:]  # (B, T, K)
+        return torch.cat((round_rows(prompt, activation_max), round_activations(rest, bits)), dim=1)
+
+    return rounded
 
 
 def _round_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -95,11 +103,13 @@ def _head(model: GPTModel) -> Run:
     return lambda x: model.out_head(model.final_norm(x))
 
 
-def _round_layers(groups: list[list[Any]], bits: int, inputs: list[Tensor], run: Run) -> Iterator[Blocks]:
+def _round_layers(
+    groups: list[list[Any]], bits: int, inputs: list[Tensor], run: Run, *, by_row: bool = False
+) -> Iterator[Blocks]:
     """Round groups of layers, those of a group having one input; ``run`` passes an input (1, T, D) through them."""
     moments = _moments([group[0] for group in groups], bits, inputs, run)
     for group, moment in zip(groups, moments, strict=True):
-        blocks = round_by_inputs(torch.cat([layer.weight for layer in group]), bits, moment)
+        blocks = round_by_inputs(torch.cat([layer.weight for layer in group]), bits, moment, by_row=by_row)
         for layer, weight in zip(group, blocks.dense().chunk(len(group)), strict=True):
             layer.weight = nn.Parameter(weight)
         yield blocks

@@ -12,7 +12,7 @@ import torch
 from gptedge_models import GPTConfig, GPTModel
 from torch import Tensor
 
-from .graphs import GRAPHS, Stack, cache_names, cache_width
+from .graphs import GRAPHS, IN_PLACE, Stack, cache_names, cache_width
 
 Sample = dict[str, tuple[Tensor, dict[int, str]]]
 """Example inputs by name, each with the names of its varying axes."""
@@ -30,6 +30,8 @@ def _sample(name: str, config: GPTConfig) -> Sample:
 
     if name == "forward":
         return {"input_ids": ids("sequence_length")}
+    if name == "prefill":  # of one prompt
+        return {"input_ids": (torch.zeros(1, new, dtype=torch.int64), {1: "sequence_length"})}
     if name == "model":
         return {
             "input_ids": ids("sequence_length"),
@@ -49,11 +51,12 @@ def trace(model: GPTModel, name: str, opset: int, int8_cache: bool = False) -> i
     """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
     config, caches = model.config, {}
     if name != "forward":
-        dtype = torch.int8 if name == "decode" and int8_cache else model.tok_emb.weight.dtype
-        cache = torch.zeros(2, config.n_heads, 5, cache_width(name, config), dtype=dtype)
-        length = "past_sequence_length" if name == "model" else "max_sequence_length"
-        caches = {"past_key_values": (cache, {0: "batch_size", 2: length})}
-    outputs = ["logits", "best_ids"] if name == "decode_cuda" else ["logits"]
+        dtype = torch.int8 if name in ("decode", "prefill") and int8_cache else model.tok_emb.weight.dtype
+        n_rows, axes = (1, dict[int, str]()) if name == "prefill" else (2, {0: "batch_size"})
+        cache = torch.zeros(n_rows, config.n_heads, 5, cache_width(name, config), dtype=dtype)
+        length = "max_sequence_length" if name in IN_PLACE else "past_sequence_length"
+        caches = {"past_key_values": (cache, axes | {2: length})}
+    outputs = {"decode_cuda": ["logits", "best_ids"], "prefill": []}.get(name, ["logits"])
     return export(GRAPHS[name](model, int8_cache), _sample(name, config), caches, outputs, opset)
 
 

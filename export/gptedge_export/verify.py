@@ -1,5 +1,6 @@
 """Proof that the graphs compute what the model computes: ONNX logits and ids against the eager model."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from .classifier import is_classifier
 from .errors import ParityError
 from .graphs import IN_PLACE, cache_names, cache_width
-from .precision import BITS
+from .precision import BITS, Prepared
 
 Array = NDArray[Any]
 
@@ -32,6 +33,9 @@ now and then turns a rounding; what follows from it reaches 0.02, and 0.04 where
 
 RTOL_CUDA_FP16 = HALF_ERROR["fp16"] * RTOL["fp16"]
 """Of ``decode_cuda`` at fp16, whose activations are float16, too: each of its roundings is up to 0.0005 of a value."""
+
+ACTIVATION_MAX = (63, 127)
+"""Whole numbers that ``prefill`` rounds inputs to: the second where the processor's kernels are exact for it."""
 
 WIDENED = ("decode_cuda", "bf16")
 """ONNX Runtime's CPU has no kernels for bfloat16: this graph is held with float32 in its place."""
@@ -99,6 +103,15 @@ class Graph:
         shape = (batch_size, self.config.n_heads, length, cache_width(self.name, self.config))
         return [np.zeros(shape, self._cache_dtype) for _ in cache_names("", self.config)]
 
+    def read(self, ids: Array, past: int, buffers: list[Array], activation_max: int) -> bool:
+        """Write keys and values of ids (1, S) behind ``past`` tokens; whether 127 would be exact on this machine."""
+        names = cache_names("past_key_values", self.config)
+        before = {name: buffer[:, :, :past].copy() for name, buffer in zip(names, buffers, strict=True)}
+        *present, is_exact = self.run(input_ids=ids, activation_max=np.array(activation_max, np.float32), **before)
+        for buffer, array in zip(buffers, present, strict=True):
+            buffer[:, :, past : past + ids.shape[1]] = array
+        return bool(is_exact)
+
     def prefill(self, ids: Array) -> Array:
         """Logits (B, T, V) of ids (B, T)."""
         return self.step(ids, 0, self.cache(*ids.shape))[0]
@@ -157,10 +170,21 @@ def widened(path: Path) -> bytes:
 
 
 def verify(model: GPTModel, folder: Path, *, precision: str = "fp32", progress: bool = False) -> list[Check]:
-    """Hold every graph in ``folder/onnx`` against the eager model; raises :class:`ParityError` at the first failure."""
+    """Hold every graph but ``prefill`` in ``folder/onnx`` against the eager model.
+
+    Raises :class:`ParityError` at the first failure.
+    """
+    return _all_passed(_cases(model, folder, precision), progress)
+
+
+def verify_prefill(prepared: Prepared, folder: Path, *, precision: str, progress: bool = False) -> list[Check]:
+    """Hold ``prefill``, and ``decode`` behind what it read, against the eager model, as :func:`verify` does."""
+    return _all_passed(_prompts(prepared, folder, precision), progress)
+
+
+def _all_passed(cases: Iterator[Check], progress: bool) -> list[Check]:
     checks: list[Check] = []
-    bar = tqdm(_cases(model, folder, precision), desc="verify", unit=" checks", disable=not progress, leave=False)
-    for check in bar:
+    for check in tqdm(cases, desc="verify", unit=" checks", disable=not progress, leave=False):
         checks.append(check)
         if not check.passed:
             raise ParityError(
@@ -168,6 +192,33 @@ def verify(model: GPTModel, folder: Path, *, precision: str = "fp32", progress: 
                 f"{check.batch_size}, length {check.length}; the bound is {check.bound:.3g}: nothing was written"
             )
     return checks
+
+
+def _prompts(prepared: Prepared, folder: Path, precision: str) -> Iterator[Check]:
+    model, random = prepared.model, np.random.default_rng(4)
+    for length in lengths(model.config.context_length)[1:]:
+        ids = random.integers(model.config.vocab_size, size=(1, length))
+        n_prompt = length - min(8, length // 2)
+        prefill, decode = (Graph(folder, name, model.config, precision) for name in ("prefill", "decode"))
+        for activation_max in ACTIVATION_MAX:
+            onnx, is_exact = behind_prompt(prefill, decode, ids, n_prompt, activation_max)
+            if is_exact or activation_max < max(ACTIVATION_MAX):
+                with prepared.as_computed(n_prompt, activation_max):
+                    eager = eager_logits(model, ids)[:, n_prompt:]
+                case = f"behind a prompt of {n_prompt}, activations up to {activation_max}"
+                yield _compare("prefill", case, eager, onnx, RTOL[precision])
+
+
+def behind_prompt(prefill: Graph, decode: Graph, ids: Array, n_prompt: int, activation_max: int) -> tuple[Array, bool]:
+    """Logits (1, T - n_prompt, V) of the last of ids (1, T), which ``decode`` reads in one step.
+
+    ``prefill`` reads the first ``n_prompt`` in two parts, as the runtime reads a long prompt, and tells whether it does
+    so exactly on this machine at the largest ``activation_max``.
+    """
+    buffers, is_exact = decode.cache(*ids.shape), True
+    for begin, end in itertools.pairwise(sorted({0, n_prompt // 2, n_prompt})):
+        is_exact = prefill.read(ids[:, begin:end], begin, buffers, activation_max)
+    return decode.step(ids[:, n_prompt:], n_prompt, buffers)[0], is_exact
 
 
 def _cases(model: GPTModel, folder: Path, precision: str) -> Iterator[Check]:

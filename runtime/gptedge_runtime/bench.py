@@ -23,7 +23,7 @@ from .errors import InputError
 from .gpt import load
 from .inputs import read_count
 from .limits import count_threads, never
-from .session import Session, cache_width
+from .session import Session
 
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
@@ -182,7 +182,7 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
     Left out are the embedding tables, of which a step reads one line each, and norms and biases, under 0.1 %.
     """
     weights = model.n_layers * 12 * model.emb_dim**2 + model.emb_dim * model.n_outputs
-    cached = 2 * model.n_layers * model.n_heads * cache_width(model) * _CACHE_BYTES[precision]
+    cached = 2 * model.n_layers * model.n_heads * model.cache_width * _CACHE_BYTES[precision]
     return (weights * _WEIGHT_BYTES[precision] + batch * length * cached) / 1e6
 
 

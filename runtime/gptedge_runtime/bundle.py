@@ -48,6 +48,16 @@ class ModelConfig:
         """Width of one attention head."""
         return self.emb_dim // self.n_heads
 
+    @property
+    def cache_width(self) -> int:
+        """Width of a head in the buffers of decode.onnx: its own, rounded up to a multiple of 8."""
+        return -(-self.head_dim // 8) * 8
+
+    @property
+    def cache_names(self) -> list[str]:
+        """``0.key``, ``0.value``, ``1.key``, ..."""
+        return [f"{layer}.{kind}" for layer in range(self.n_layers) for kind in ("key", "value")]
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -14,7 +14,7 @@ from .bundle import MANIFEST, Bundle, GraphSpec, TensorSpec
 from .errors import OutOfMemoryError, ProviderError
 from .limits import ShouldStop, wait_for
 from .ort import NOT_CAPTURED, compare_graphs, open_graph, run_error, run_options
-from .session import Cache, Ids, Logits, Session, cache_width, decode_contract
+from .session import Cache, Ids, Logits, Session, decode_contract
 
 T = TypeVar("T")
 
@@ -131,13 +131,13 @@ class CudaSession(Session):
         return self._new_key_values(batch, capacity, graph_id=NOT_CAPTURED)
 
     def _new_key_values(self, batch: int, capacity: int, graph_id: int) -> list[Any]:
-        shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
+        shape = (batch, self.model.n_heads, capacity, self.model.cache_width)
         arrays = on_gpu(lambda: [self._to_device(np.zeros(shape, self._cache_dtype)) for _ in self.cache_names])
         return [replace(array, onnx_type=self._onnx_type, graph_id=graph_id) for array in arrays]
 
     @property
     def _bytes_per_token(self) -> int:
-        return len(self.cache_names) * self.model.n_heads * cache_width(self.model) * self._cache_dtype.itemsize
+        return len(self.cache_names) * self.model.n_heads * self.model.cache_width * self._cache_dtype.itemsize
 
     def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[Any], logits: Logits) -> "Binding":
         """Return a binding over these arrays; what the feeds hold is copied to the device by each run."""

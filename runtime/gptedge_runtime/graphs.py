@@ -9,7 +9,7 @@ from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
 from .limits import in_worker, never, until
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
-from .session import Logits, cache_names
+from .session import Logits
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -26,7 +26,7 @@ def model_contract(model: ModelConfig) -> GraphSpec:
     tokens = ("batch_size", "sequence_length")
     past = ("batch_size", model.n_heads, "past_sequence_length", model.head_dim)
     present = ("batch_size", model.n_heads, "total_sequence_length", model.head_dim)
-    names = cache_names(model)
+    names = model.cache_names
     inputs = [
         TensorSpec("input_ids", "int64", tokens),
         TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
@@ -66,7 +66,7 @@ class Graph:
         self._timeout_s = timeout_s
         compare_graphs(f"{MANIFEST}: {bundle.graphs[name].path}", bundle.graphs[name], CONTRACTS[name](bundle.model))
         self._ort = import_onnxruntime()
-        self._session = open_graph(bundle, bundle.graphs[name], threads, exact=True)
+        self._session = open_graph(bundle, bundle.graphs[name], threads, packed=False)
 
     def run(self, feeds: Feeds) -> Feeds:
         """Return the outputs by name."""
@@ -88,7 +88,7 @@ def forward_logits(graph: Graph, ids: list[int]) -> Logits:
 
 def model_logits(graph: Graph, ids: list[int], n_first: int) -> Logits:
     """Return logits float32 (T, V); the ids after the first ``n_first`` are read in a second run, with a past."""
-    names = cache_names(graph.model)
+    names = graph.model.cache_names
     past = {name: np.zeros((1, graph.model.n_heads, 0, graph.model.head_dim), np.float32) for name in names}
     parts = []
     for start, stop in ((0, min(n_first, len(ids))), (n_first, len(ids))):

@@ -19,6 +19,7 @@ from .invariance import is_batch_invariant
 from .limits import POLL_S, ShouldStop, in_worker, never, until
 from .mapped import let_go
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
+from .prefill import GRAPH, MIN_TOKENS, Prefill
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -46,11 +47,12 @@ class Session:
     def __init__(
         self, bundle: Bundle, *, provider: str, threads: int, timeout_s: float | None = None, exact: bool = False
     ) -> None:
+        self._bundle, self._threads = bundle, threads
         self.model = bundle.model
         self.provider = provider
         self.timeout_s = timeout_s
         self.precision, self.rounds_finely = bundle.precision, exact or bundle.rounds_finely
-        self.cache_names, self.cache_dtype = cache_names(bundle.model), bundle.cache_dtype
+        self.cache_names, self.cache_dtype = bundle.model.cache_names, bundle.cache_dtype
         self._ort = import_onnxruntime()
         self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
@@ -59,10 +61,21 @@ class Session:
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
         with nullcontext() if self.rounds_finely else huge_pages():  # longer steps gain less, and more would move
-            session = open_graph(bundle, bundle.graphs["decode"], threads, exact=exact)
+            session = open_graph(bundle, bundle.graphs["decode"], threads, packed=not exact)
         if not self.rounds_finely:
             let_go(bundle.folder)
         return session
+
+    def prefill_of(self, n_tokens: int) -> Prefill | None:
+        """Return what reads a prompt of so many tokens alone; None where it is ``decode`` as well."""
+        return self._prefill if n_tokens > MIN_TOKENS else None
+
+    @cached_property
+    def _prefill(self) -> Prefill | None:
+        """Opened at the first need, since its weights count in memory."""
+        if self.rounds_finely or GRAPH not in self._bundle.graphs:
+            return None
+        return Prefill(self._bundle, self._threads)
 
     @cached_property
     def is_batch_invariant(self) -> bool:
@@ -78,7 +91,7 @@ class Session:
 
     def new_key_values(self, batch: int, capacity: int) -> list[Any]:
         """Return one zeroed array (B, n_heads, capacity, cache_width) for each entry of ``cache_names``."""
-        shape = (batch, self.model.n_heads, capacity, cache_width(self.model))
+        shape = (batch, self.model.n_heads, capacity, self.model.cache_width)
         try:
             return [np.zeros(shape, self.cache_dtype) for _ in self.cache_names]
         except MemoryError as error:
@@ -192,6 +205,7 @@ class Cache:
         """Read one row of ids for each row of the cache. Raises ``Stopped``."""
         lengths = [len(row) for row in rows]
         alone = self._session.precision == "int4"  # whose kernels give a row of a prompt other bits in company
+        alone = alone or self._session.prefill_of(max(lengths)) is not None
         for part in split_rows(lengths, 1 if alone else self._session.prefill_tokens):
             self.refill(part, rows[part], should_stop)
 
@@ -200,9 +214,12 @@ class Cache:
         self._step, self._n_accepted, self._is_refilled = self._steps[1], 0, True
         self._step.read_logits()  # those of the other rows stay
         key_values = [array[part] for array in self.key_values]
-        longest = max(len(row) for row in rows)
+        longest, begin = max(len(row) for row in rows), 0
+        if len(rows) == 1 and (prefill := self._session.prefill_of(longest)):
+            begin = longest - 1
+            prefill.read(rows[0][:begin], key_values, should_stop)
         size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
-        for start in range(0, longest, size):
+        for start in range(begin, longest, size):
             chunk = [row[start : start + size] for row in rows]
             lengths = np.array([len(row) for row in chunk])
             feeds = prefill_feeds(pad_right(chunk), lengths, lengths[:, None] - 1, past=start)
@@ -314,19 +331,9 @@ def split_rows(lengths: Sequence[int], n_tokens: int) -> Iterator[slice]:
             start = stop
 
 
-def cache_names(model: ModelConfig) -> list[str]:
-    """Return ``0.key``, ``0.value``, ``1.key``, ..."""
-    return [f"{layer}.{kind}" for layer in range(model.n_layers) for kind in ("key", "value")]
-
-
-def cache_width(model: ModelConfig) -> int:
-    """Return the width of a head in the cache: its own, rounded up to a multiple of 8."""
-    return -(-model.head_dim // 8) * 8
-
-
 def decode_contract(model: ModelConfig, cache_dtype: str = "float32") -> GraphSpec:
     """Return the inputs and outputs that decode.onnx must have for a model of these sizes."""
-    cache = ("batch_size", model.n_heads, "max_sequence_length", cache_width(model))
+    cache = ("batch_size", model.n_heads, "max_sequence_length", model.cache_width)
     tokens = ("batch_size", "sequence_length")
     inputs = [
         TensorSpec("input_ids", "int64", tokens),
@@ -334,10 +341,10 @@ def decode_contract(model: ModelConfig, cache_dtype: str = "float32") -> GraphSp
         TensorSpec("seqlens_k", "int32", ("batch_size",)),
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("batch_size", "logit_count")),
-        *(TensorSpec(f"past_key_values.{name}", cache_dtype, cache) for name in cache_names(model)),
+        *(TensorSpec(f"past_key_values.{name}", cache_dtype, cache) for name in model.cache_names),
     ]
     outputs = [
         TensorSpec("logits", "float32", ("batch_size", "logit_count", model.n_outputs)),
-        *(TensorSpec(f"present.{name}", cache_dtype, cache) for name in cache_names(model)),
+        *(TensorSpec(f"present.{name}", cache_dtype, cache) for name in model.cache_names),
     ]
     return GraphSpec("", tuple(inputs), tuple(outputs))

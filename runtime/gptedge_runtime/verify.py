@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import cuda
+from . import cuda, prefill
 from .bundle import Bundle, open_bundle
 from .errors import BundleError, VerificationError
 from .gpt import GPT
 from .graphs import Graph, forward_logits, generated_ids, model_logits
-from .limits import check_timeout, count_threads
+from .limits import check_timeout, count_threads, never, until
 from .provider import why_not_cuda
 from .session import Logits, Session
 from .strict_json import JsonObject, parse_json
@@ -63,8 +63,8 @@ def verify(
     """Check files and graphs, and the known answers with each graph. The arguments are those of ``load``.
 
     Kernels that round their inputs hide small changes of the weights: so each graph of an int8 or int4 bundle computes
-    without them and is held against narrow bounds, and ``decode`` with them once more, against a wide one. A bf16
-    bundle's graph for CUDA needs a GPU, and is skipped where there is none.
+    without them and is held against narrow bounds, and ``decode`` with them once more, against a wide one, as is what
+    it gives behind ``prefill``. A bf16 bundle's graph for CUDA needs a GPU, and is skipped where there is none.
     Raises ``BundleError`` for a damaged bundle and ``VerificationError`` where an answer is not the stored one.
     """
     check_timeout(timeout_s)
@@ -83,7 +83,7 @@ def verify(
             _check_decode(session, bundle, prompts, answers.atol * cuda.HALF_ERROR[bundle.precision])
         else:
             _check_decode(session, bundle, answers.prompts, answers.atol)
-    for name in sorted(bundle.graphs.keys() - {"decode", cuda.GRAPH}):
+    for name in sorted(bundle.graphs.keys() - {"decode", cuda.GRAPH, prefill.GRAPH}):
         graph = Graph(bundle, name, n_threads, timeout_s)
         for answer in answers.prompts:
             _check(graph, bundle, answer, answers.atol)
@@ -92,6 +92,8 @@ def verify(
         for answer in answers.prompts:
             logits = session.forward(np.array([answer.token_ids]))[0, -1]
             _hold(answer.name, "decode", logits[answer.logit_ids], answer.rounded_logits, answers.rounded_atol)
+        if prefill.GRAPH in bundle.graphs:
+            _check_prefill(session, bundle, answers, n_threads)
     return Verified(len(bundle.files), len(bundle.graphs) - len(skipped), len(answers.prompts), skipped)
 
 
@@ -101,6 +103,21 @@ def _check_decode(session: Session, bundle: Bundle, answers: list[Answer], atol:
             _compare(answer, gpt.logits(_ids_in_context(bundle, answer))[0], atol, session.graph)
             if gpt.generate_ids(answer.token_ids, max_new_tokens=len(answer.new_token_ids)) != answer.new_token_ids:
                 raise _other_ids(answer, session.graph)
+
+
+def _check_prefill(session: Session, bundle: Bundle, answers: Answers, n_threads: int) -> None:
+    """Let it read all but the last token of each prompt, and ``decode`` that one."""
+    should_stop = until(session.timeout_s, never)
+    graph = prefill.Prefill(bundle, n_threads)
+    for answer in answers.prompts:
+        *before, last = answer.token_ids
+        if before:
+            cache = session.new_cache(1, len(answer.token_ids))
+            graph.read(before, cache.key_values, should_stop)
+            cache.shorten(len(before))
+            cache.decode([last], should_stop)
+            logits = cache.logits[0, answer.logit_ids]
+            _hold(answer.name, prefill.GRAPH, logits, answer.rounded_logits, answers.rounded_atol)
 
 
 def _check(graph: Graph, bundle: Bundle, answer: Answer, atol: float) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 Models = dict[str, GPT]
 N_RANDOM = 4
-NAMES = ["tiny", "odd", "demo", "close", "int8", "int4"]
+NAMES = ["tiny", "odd", "demo", "close", "int8", "int4", "long"]
 
 short = st.lists(st.integers(0, 256), min_size=1, max_size=12)
 repetitive = st.builds(lambda head, period, times: head + period * times, short, short, st.integers(1, 8))
