@@ -21,8 +21,8 @@ from gptedge_runtime.session import Session
 plain_options = onnxruntime.SessionOptions
 
 
-def events(bundle: str, length: int, steps: int, threads: int) -> list[dict[str, Any]]:
-    """Return the profiler's events of a prefill and of ``steps`` decode steps behind it."""
+def events(bundle: str, length: int, steps: int, threads: int) -> list[list[dict[str, Any]]]:
+    """Return the profiler's events of a prefill and of ``steps`` decode steps behind it: decode's, then prefill's."""
     with tempfile.TemporaryDirectory() as folder:
 
         def profiling_options() -> Any:
@@ -36,8 +36,8 @@ def events(bundle: str, length: int, steps: int, threads: int) -> list[dict[str,
         cache.prefill([[7] * length], lambda: False)
         for _ in range(steps):
             cache.decode([7], lambda: False)
-        found: list[dict[str, Any]] = json.loads(Path(session._session.end_profiling()).read_text("utf-8"))
-        return found
+        graphs = [session, prefill] if (prefill := session.prefill_of(length)) else [session]
+        return [json.loads(Path(graph._session.end_profiling()).read_text("utf-8")) for graph in graphs]
 
 
 def runs(found: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
@@ -70,9 +70,13 @@ def main() -> None:
     options = parser.parse_args()
     print("| step | operator | ms | share |\n|---|---|---:|---:|")
     for length in map(int, options.lengths.split(",")):
-        _, *done = runs(events(options.bundle, length, options.steps, options.threads))  # the first is load's own
-        chunks, steps = done[: -options.steps], done[-options.steps :]
-        prefill = sum(ms for ms, _ in chunks), {kind: sum(ms[kind] for _, ms in chunks) for kind in chunks[0][1]}
+        found, *prompt = events(options.bundle, length, options.steps, options.threads)
+        _, *done = runs(found)  # the first is load's own
+        chunks, steps = done[: -options.steps] + [run for part in prompt for run in runs(part)], done[-options.steps :]
+        prefill = (
+            sum(ms for ms, _ in chunks),
+            {kind: sum(ms.get(kind, 0.0) for _, ms in chunks) for _, kinds in chunks for kind in kinds},
+        )
         print("\n".join(rows(f"prefill of {length}", [prefill]) + rows(f"decode after {length}", steps)))
 
 

@@ -83,6 +83,7 @@ def open_graph(
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # usual: all of the past first
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     weights_folder = str((bundle.folder / graph.path).parent)
