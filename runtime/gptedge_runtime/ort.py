@@ -79,10 +79,10 @@ def open_graph(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _SILENT
-    options.enable_mem_pattern = False  # it plans memory for each length anew, and keeps all that it planned
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_mem_pattern = False  # it would plan memory for each length anew, and keep all that it planned
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # usual: all of the past first
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
