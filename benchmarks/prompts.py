@@ -23,10 +23,6 @@ LEAST = {"decode": sys.maxsize, "prefill": 0}
 """Tokens of a prompt that is read by prefill.onnx."""
 
 
-def opened(bundle: str, threads: int) -> Session:
-    return Session(open_bundle(bundle), provider="cpu", threads=threads)
-
-
 def read(session: Session, graph: str, length: int) -> tuple[float, list[Any]]:
     """Milliseconds, keys and values."""
     module.MIN_TOKENS = LEAST[graph]
@@ -53,7 +49,7 @@ def main() -> None:
     parser.add_argument("--first", help=argparse.SUPPRESS)
     options = parser.parse_args()
     lengths = [int(length) for length in options.lengths.split(",")]
-    session = opened(options.bundle, options.threads)
+    session = Session(open_bundle(options.bundle), provider="cpu", threads=options.threads)
     if options.first:
         ms, _ = read(session, options.first, *lengths)
         peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # getrusage tells the parent's, too

@@ -12,7 +12,7 @@ from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = Lock()
 NOT_CAPTURED = -1
-_SPIN_US = 1000  # that a thread waits for work and keeps its core from another graph's threads; 20 ms are usual
+_SPIN_US = 1000  # that a thread waits for work and keeps its core from another graph's threads; usual: far longer
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
 _DTYPES = {
     "tensor(float)": "float32",

@@ -44,7 +44,7 @@ def test_short_ones_are_not(gpt: GPT) -> None:
 
 
 def test_in_parts_it_reads_the_same(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To a step of 8 bits: attention in float32 may add in another order."""
+    """To two steps of 8 bits: attention in float32 may add in another order."""
     whole = key_values(gpt, [PROMPT])
     monkeypatch.setattr(module, "PART_TOKENS", 40)
     for found, wanted in zip(key_values(gpt, [PROMPT]), whole, strict=True):
