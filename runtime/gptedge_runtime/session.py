@@ -108,7 +108,8 @@ class Session:
         for part in split_rows([length] * batch, FORWARD_TOKENS):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
-            binding = self.bind(feeds, self.new_key_values(len(lengths), length), logits[part])
+            key_values = self.new_key_values(len(lengths), length)  # by name: until 1.29 onnxruntime does not hold them
+            binding = self.bind(feeds, key_values, logits[part])
             self.run_long(binding, should_stop)
             self.read_logits(binding)
         return logits
