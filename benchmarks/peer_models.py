@@ -17,7 +17,7 @@ LOOP = random.Random(1).sample(range(VOCAB), 16)
 REPETITIVE = LOOP * 4
 """A prompt that the model continues by repeating it, the best case of a tool that guesses tokens by looking back."""
 STEPS = 32  # whose ids are held against the book's loop
-TIMED_STEPS, TEXTBOOK_STEPS = 96, 4  # of a timed decode
+TIMED_STEPS, TEXTBOOK_STEPS = 48, 4  # of a timed decode
 NEW_TOKENS = 200  # of the text that is timed with its prompt
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from peer_models import TEXTBOOK_STEPS, TIMED_STEPS
 
 Results = dict[str, list[dict[str, Any]]]
-"""Tool and precision -> the figures of each round, or a ``reason`` why there are none."""
+"""Tool and precision -> the figures of each turn, or a ``reason`` why there are none."""
 
 COLUMNS = {
     "prefill_512_tokens_per_s": "prefill, 512 tokens",
@@ -26,16 +26,20 @@ COLUMNS = {
     "peak_rss_mb": "peak RSS, MB",
 }
 
+TIMED = [figure for figure in COLUMNS if "per_s" in figure]
+"""What tools are measured at in turns."""
+
 TEXTBOOK = "textbook fp32"
 ROUNDED_BY_GPTEDGE = ("onnxruntime-genai int8", "onnxruntime-genai int4")
 """Other tools that read the weights as gptedge rounds them: without gptedge a user has their ``plain`` rows."""
 
 NOTES = """
-Tokens/s of one row, greedy, after three seconds of decoding; medians of {rounds} rounds (least-most), each of them a
-process, files in the page cache. Ratios are medians of those within a round. The model has GPT-2 124M's sizes, an
-output head of its own and random weights; it repeats the text that repeats. Same ids: 33 tokens behind a prompt of 64,
-against the book's loop in PyTorch. Top-1 agreement: the next ids of 100 prompts of 16 tokens; random weights choose
-between closer logits than trained ones, so that rounding turns more choices.
+Tokens/s of one row, greedy, after three seconds of decoding; medians of {turns} turns (quartiles) in {rounds} rounds,
+each of them a process, files in the page cache. Tools of the same bits stay loaded in a round, and each is measured
+while the others are stopped: a ratio is the median of those within a turn, so within a minute. The model has GPT-2
+124M's sizes, an output head of its own and random weights; it repeats the text that repeats. Same ids: 33 tokens behind
+a prompt of 64, against the book's loop in PyTorch. Top-1 agreement: the next ids of 100 prompts of 16 tokens; random
+weights choose between closer logits than trained ones, so that rounding turns more choices.
 
 Tools at their defaults but for the threads: llama.cpp holds keys and values in 16 bits and OpenVINO in 8, both at every
 precision, gptedge in 8 at int8 and int4, all else in 32. With weights of 4 bits the output head has 4 in gptedge, 6 in
@@ -71,20 +75,20 @@ def table(results: Results) -> Iterator[str]:
 def ratios(results: Results, bits: dict[str, int]) -> Iterator[str]:
     """Yield the lines of a table: gptedge's speed over that of the other tool of the same bits that is the fastest.
 
-    The fastest is the one of the largest median. The ratios are taken round by round, since a machine that is slow in
-    one is slow for both; their median is told with the least and the most. The textbook loop gets a line of its own.
+    The fastest is the one to which the median of the ratios is the least. They are taken turn by turn, since a machine
+    that is slow in one is slow for both. The textbook loop gets a line of its own.
     """
     measured = {name: rounds for name, rounds in results.items() if not failure(rounds)}
-    speeds = {key: label for key, label in COLUMNS.items() if "per_s" in key}
-    yield f"| gptedge / best other tool | {' | '.join(speeds.values())} |"
-    yield "|---" * (1 + len(speeds)) + "|"
+    yield f"| gptedge / best other tool | {' | '.join(COLUMNS[key] for key in TIMED)} |"
+    yield "|---" * (1 + len(TIMED)) + "|"
 
     def line(ours: str, others: list[str], label: str) -> str:
         cells = []
-        for key in speeds:
-            best = max(others, key=lambda name: statistics.median(one[key] for one in measured[name]))
-            pairs = zip(measured[ours], measured[best], strict=False)
-            cells.append(f"{spread([our[key] / other[key] for our, other in pairs], 2)} ({best})")
+        by_turn = {one["turn"]: one for one in measured[ours]}
+        for key in TIMED:
+            found = {name: [by_turn[one["turn"]][key] / one[key] for one in measured[name]] for name in others}
+            best = min(others, key=lambda name: statistics.median(found[name]))
+            cells.append(f"{spread(found[best], 2)} ({best})")
         return f"| {label} | {' | '.join(cells)} |"
 
     ours = [name for name in measured if name.startswith("gptedge")]
@@ -107,7 +111,8 @@ def spread(values: list[float], digits: int | None = None) -> str:
     middle = statistics.median(values)
     if digits is None:
         digits = 1 if middle < 100 else 0
-    return f"{middle:,.{digits}f} ({min(values):,.{digits}f}-{max(values):,.{digits}f})"
+    low, _, high = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return f"{middle:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
 
 
 def machine(threads: int, packages: Iterable[str]) -> Iterator[str]:
@@ -147,12 +152,14 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
-def write_report(results: Results, bits: dict[str, int], output: Path, threads: int, packages: Iterable[str]) -> None:
+def write_report(
+    results: Results, bits: dict[str, int], output: Path, threads: int, packages: Iterable[str], rounds: int
+) -> None:
     """Write peers.json, peers.md and peers.svg; ``bits``: of a weight, by tool and precision."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
-    rounds = max(len(one) for one in results.values())
-    notes = NOTES.format(rounds=rounds, steps=TIMED_STEPS, textbook_steps=TEXTBOOK_STEPS)
+    turns = max(len(one) for one in results.values())
+    notes = NOTES.format(turns=turns, rounds=rounds, steps=TIMED_STEPS, textbook_steps=TEXTBOOK_STEPS)
     lines = [*table(results), "", *ratios(results, bits), notes, *machine(threads, packages)]
     (output / "peers.md").write_text("\n".join(lines) + "\n", "utf-8")
     plot(results, output / "peers.svg")

@@ -4,45 +4,44 @@ import ctypes
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from peer_models import CONTEXT, stateful_openvino, write_gguf, write_plain
 
 
-class Peer(Protocol):
+class Peer:
     """A tool at one precision; making one loads the model, so that imports count as loading."""
 
     precisions: ClassVar[dict[str, int]]
     """The tool's names for them, and the bits of a weight."""
     packages: tuple[str, ...]
+    next_id: int
 
     def __init__(self, work: Path, precision: str, threads: int) -> None: ...
 
     @staticmethod
     def write(work: Path, precision: str) -> None:
         """Write the model in the tool's form."""
+        raise NotImplementedError
 
     def prefill(self, ids: list[int]) -> int:
         """Read a new prompt and return the most likely next id."""
+        raise NotImplementedError
 
     def decode(self, count: int) -> list[int]:
         """Return ``count`` further ids, each the most likely one."""
-
-
-class Stepwise:
-    """A peer whose decode is one ``step`` after the other."""
-
-    next_id: int
-
-    def decode(self, count: int) -> list[int]:
         return [self.step() for _ in range(count)]
 
     def step(self) -> int:
+        """Return one further id."""
         raise NotImplementedError
 
+    def rest(self) -> None:
+        """End what a decode goes on with in the background; a ``prefill`` follows."""
 
-class Gptedge:
+
+class Gptedge(Peer):
     precisions: ClassVar = {"fp32": 32, "int8": 8, "int4": 4}
     packages = ("onnxruntime",)
 
@@ -74,7 +73,7 @@ class Gptedge:
         return [next(self.steps)[0] for _ in range(count)]
 
 
-class LlamaCpp(Stepwise):
+class LlamaCpp(Peer):
     """``fa-off`` is its option that is slower at reading prompts and faster behind long texts on some CPUs."""
 
     precisions: ClassVar = {"f32": 32, "f32 fa-off": 32, "q8_0": 8, "q8_0 fa-off": 8, "q4_0": 4, "q4_0 fa-off": 4}
@@ -124,7 +123,7 @@ class LlamaCpp(Stepwise):
         return self.read([self.next_id])
 
 
-class OpenVino(Stepwise):
+class OpenVino(Peer):
     precisions: ClassVar = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
     packages = ("openvino", "nncf")
 
@@ -166,7 +165,7 @@ class OpenVino(Stepwise):
         return self.read([self.next_id])
 
 
-class CTranslate2(Stepwise):
+class CTranslate2(Peer):
     precisions: ClassVar = {"float32": 32, "int8": 8}
     packages = ("ctranslate2",)
     steps: Any = None
@@ -186,8 +185,7 @@ class CTranslate2(Stepwise):
         TransformersConverter(str(work / "hf")).convert(folder, quantization=precision, force=True)
 
     def prefill(self, ids: list[int]) -> int:
-        if self.steps is not None:
-            self.steps.close()
+        self.rest()
         prompt = [self.tokens[i] for i in ids]
         rest = CONTEXT - len(ids)
         self.steps = self.generator.generate_tokens(prompt, max_length=rest, min_length=rest)
@@ -196,8 +194,12 @@ class CTranslate2(Stepwise):
     def step(self) -> int:
         return int(next(self.steps).token_id)
 
+    def rest(self) -> None:
+        if self.steps is not None:
+            self.steps.close()
 
-class GenAi(Stepwise):
+
+class GenAi(Peer):
     """Its own builder knows no GPT-2: it reads gptedge's bundles, and ``plain`` exports rounded by ONNX Runtime."""
 
     precisions: ClassVar = {"fp32": 32, "int8": 8, "int8 plain": 8, "int4": 4, "int4 plain": 4}
@@ -232,7 +234,7 @@ class GenAi(Stepwise):
         return int(self.generator.get_next_tokens()[0])
 
 
-class Transformers(Stepwise):
+class Transformers(Peer):
     """Eager PyTorch with a key/value cache."""
 
     precisions: ClassVar = {"fp32": 32}
@@ -264,7 +266,7 @@ class Transformers(Stepwise):
         return self.read([self.next_id])
 
 
-class Textbook:
+class Textbook(Peer):
     """The book's model and loop, which reads the whole text again for each token."""
 
     precisions: ClassVar = {"fp32": 32}
