@@ -34,7 +34,7 @@ ROUNDED_BY_GPTEDGE = ("onnxruntime-genai int8", "onnxruntime-genai int4")
 """Other tools that read the weights as gptedge rounds them: without gptedge a user has their ``plain`` rows."""
 
 NOTES = """
-Tokens/s of one row, greedy, after three seconds of decoding; medians of {turns} turns (quartiles) in {rounds} rounds,
+Tokens/s of one row, greedy, after six seconds of decoding; medians of {turns} turns (quartiles) in {rounds} rounds,
 each of them a process, files in the page cache. Tools of the same bits stay loaded in a round, and each is measured
 while the others are stopped: a ratio is the median of those within a turn, so within a minute. The model has GPT-2
 124M's sizes, an output head of its own and random weights; it repeats the text that repeats. Same ids: 33 tokens behind

@@ -38,7 +38,7 @@ from peer_tools import PEERS, Peer
 
 MAX_S = 3600  # of one answer; an export at int4 takes minutes
 TURNS = 3  # of a round
-WARM_S = 3.0  # after loading: what a tool does in the background, as gptedge moves its weights, is over then
+WARM_S = 6.0  # after loading: what a tool does in the background, as gptedge moves its weights, is over then
 
 
 def serve(name: str, precision: str, work: Path, threads: int, spawned: float) -> None:

@@ -1,23 +1,22 @@
-"""What the place of the weights in memory changes: weights.py BUNDLE [--threads 2] [--rounds 8].
+"""What the place of the weights in memory changes: weights.py BUNDLE [--threads 2] [--rounds 12].
 
-float32 weights are packed when a bundle is opened, or used where the file is mapped; integers move to huge pages, or
-stay. A round is a process of each kind. Printed are medians (least-most) of milliseconds: of opening, of each of the
-first 64 tokens (when nothing has moved yet), and then of a step of 1 and of 8 tokens.
-BUNDLE has a context of 1,024 tokens.
+ONNX Runtime's copy of them moves to huge pages, or stays on small ones; float32 weights can also be used where the file
+is mapped. BUNDLE, which has a context of 1,024 tokens, is opened in each way, and the rounds go in turns. Printed are
+milliseconds: of each of the first 64 tokens, when nothing has moved yet, and then of a step of 1 and of 8 tokens,
+medians, with the median of the ratios within a round (quartiles).
 """
 
 import argparse
 import contextlib
-import json
 import random
 import statistics
-import subprocess
-import sys
+import threading
 import time
-from typing import Any
+from collections import defaultdict
 
-from gptedge_runtime import huge_pages, session
-from gptedge_runtime.bundle import open_bundle
+from gptedge_runtime import session
+from gptedge_runtime.bundle import Bundle, open_bundle
+from gptedge_runtime.huge_pages import huge_pages
 
 
 def step_ms(opened: session.Session, length: int, steps: int, size: int = 1) -> float:
@@ -31,42 +30,41 @@ def step_ms(opened: session.Session, length: int, steps: int, size: int = 1) -> 
     return 1e3 * (time.perf_counter() - started) / steps
 
 
-def measure(path: str, threads: int, plain: bool) -> dict[str, float]:
-    started = time.perf_counter()
-    bundle = open_bundle(path)
-    if plain:
-        session.huge_pages = contextlib.nullcontext
-    exact = plain and bundle.rounds_finely  # that is, not packed
-    opened = session.Session(bundle, provider="cpu", threads=threads, exact=exact)
-    figures = {"opening": 1e3 * (time.perf_counter() - started), "first 64": step_ms(opened, 64, 64)}
-    time.sleep(4 * huge_pages.DELAY_S)
-    step_ms(opened, 64, 8)
-    for length in (64, 832):
-        for size in (1, 8):
-            figures[f"{size} behind {length}"] = statistics.median(step_ms(opened, length, 32, size) for _ in range(3))
-    return figures
+def open_in(kind: str, bundle: Bundle, threads: int) -> session.Session:
+    session.huge_pages = huge_pages if kind == "huge pages" else contextlib.nullcontext
+    return session.Session(bundle, provider="cpu", threads=threads, exact=kind == "mapped")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--child", choices=("moved", "plain"))
+    parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
-    if options.child:
-        print(json.dumps(measure(options.bundle, options.threads, options.child == "plain")))
-        return
-    found: dict[str, list[dict[str, Any]]] = {"plain": [], "moved": []}
+    bundle = open_bundle(options.bundle)
+    kinds = ["huge pages", "small pages", *(["mapped"] if bundle.rounds_finely else [])]
+    opened: dict[str, session.Session] = {}
+    figures: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for kind in kinds:
+        opened[kind] = open_in(kind, bundle, options.threads)
+        figures["each of the first 64 tokens"][kind] = [step_ms(opened[kind], 64, 64)]
+    for timer in threading.enumerate():
+        if isinstance(timer, threading.Timer):
+            timer.join()
     for _ in range(options.rounds):
-        for kind, rounds in found.items():
-            command = [sys.executable, __file__, options.bundle, "--threads", str(options.threads), "--child", kind]
-            rounds.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
-    print("| ms | mapped, or small pages | packed, or huge pages | ratio |\n|---|---:|---:|---:|")
-    for what in found["moved"][0]:
-        plain, moved = ([figures[what] for figures in rounds] for rounds in found.values())
-        spread = [f"{statistics.median(x):.2f} ({min(x):.2f}-{max(x):.2f})" for x in (plain, moved)]
-        print(f"| {what} | {spread[0]} | {spread[1]} | {statistics.median(plain) / statistics.median(moved):.2f} |")
+        for length in (64, 832):
+            for size in (1, 8):
+                for kind in kinds:
+                    ms = step_ms(opened[kind], length, 32, size)
+                    figures[f"a step of {size} behind {length}"].setdefault(kind, []).append(ms)
+    print(f"| ms | {' | '.join(kinds)} |\n|---{'|---:' * len(kinds)}|")
+    for what, by_kind in figures.items():
+        cells = [f"{statistics.median(by_kind[kinds[0]]):.2f}"]
+        for kind in kinds[1:]:
+            ratios = [ms / huge for ms, huge in zip(by_kind[kind], by_kind[kinds[0]], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+            cells.append(f"{statistics.median(by_kind[kind]):.2f}, {middle:.2f}x ({low:.2f}-{high:.2f})")
+        print(f"| {what} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from pathlib import Path
 from threading import Timer
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-DELAY_S = 1.0  # moving takes some tenths of a second, which a run of a few tokens would not win back
-REST = 3  # times as long as a page took: the steps that run meanwhile need the memory, too
+DELAY_S_PER_GB = 8.0  # moving takes a second of the memory for each, which shorter runs would not win back
+CALL_BYTES = 64 << 20  # of one call, which waits for each processor: of a page at a time it takes ten times as long
+REST = 1  # times as long as a call took: the steps that run meanwhile need the memory, too
 _MADV_COLLAPSE = 25  # madvise(2), since Linux 6.1
 
 Region = tuple[int, int]
@@ -31,7 +32,8 @@ def huge_pages() -> Iterator[None]:
     grown = [(ends.get(start, start), starts.get(end, end)) for start, end in _regions()] if page else []
     large = [(start, end) for start, end in grown if end - start >= page]
     if large:
-        timer = Timer(DELAY_S, _collapse, [large, page])
+        delay_s = DELAY_S_PER_GB * sum(end - start for start, end in large) / 2**30
+        timer = Timer(delay_s, _collapse, [large, page])
         timer.daemon = True
         timer.start()
 
@@ -55,7 +57,8 @@ def _regions() -> list[Region]:
 def _collapse(regions: list[Region], page: int) -> None:
     madvise = ctypes.CDLL(None).madvise
     for start, end in regions:
-        for place in range(-(-start // page) * page, end - page + 1, page):
+        end -= end % page
+        for place in range(-(-start // page) * page, end, CALL_BYTES):
             began = time.perf_counter()
-            madvise(ctypes.c_void_p(place), ctypes.c_size_t(page), _MADV_COLLAPSE)
+            madvise(ctypes.c_void_p(place), ctypes.c_size_t(min(CALL_BYTES, end - place)), _MADV_COLLAPSE)
             time.sleep(REST * (time.perf_counter() - began))

@@ -5,7 +5,6 @@ In the shapes below B is the batch, T the number of tokens and V the vocabulary 
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -60,7 +59,7 @@ class Session:
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
-        with nullcontext() if self.rounds_finely else huge_pages():  # longer steps gain less, and more would move
+        with huge_pages():
             session = open_graph(bundle, bundle.graphs["decode"], threads, packed=not exact)
         if not self.rounds_finely:
             let_go(bundle.folder)

@@ -35,7 +35,7 @@ def has_huge_pages() -> bool:
 
 @pytest.mark.skipif(not has_huge_pages(), reason="this kernel moves nothing to huge pages")
 def test_what_is_allocated_inside_moves_and_keeps_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "DELAY_S", 0.0)
+    monkeypatch.setattr(huge_pages, "DELAY_S_PER_GB", 0.0)
     with huge_pages.huge_pages():
         block = mmap.mmap(-1, SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may give what was freed before
         block.write(b"\7" * SIZE)
