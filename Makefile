@@ -27,12 +27,15 @@ $(VENV)/.installed: pyproject.toml
 bundles: install  ## what the tests read, made once for all that run
 	$(BIN)/python tests/make_bundles.py build/test-bundles
 
-wheel-test: install bundles  ## the runtime's tests but the longest against the built wheel, in an environment that has never seen PyTorch
+# All other tests run with the newest onnxruntime; 1.27 is the oldest that reads int8 and int4, and 1.23 the oldest of all.
+wheel-test: install bundles  ## the runtime's tests but the longest against the built wheel and the oldest onnxruntime, without PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
-	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" pytest pytest-timeout hypothesis
+	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime -k "not ten_thousand_rows"
+	build/wheel-venv/bin/pip install -q --disable-pip-version-check "onnxruntime==1.23.*"
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime/test_bundle.py tests/runtime/test_generate.py tests/runtime/test_session.py -k "not int8 and not int4"
 
 cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
 	$(PYTHON) -m venv --clear build/cuda-venv

@@ -15,17 +15,18 @@ from gptedge_runtime.session import Session, prefill_feeds, split_rows
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
 
-def long_run(session: Session) -> tuple[Any, Any]:
-    """A binding that works for a second or so, and its logits, which are NaN until it has ended."""
+def long_run(session: Session) -> tuple[Any, Any, Any]:
+    """A binding that works for a second or so, its logits, which are NaN until it has ended, and what it reads."""
     batch, length = 3000, 32
     ids = np.zeros((batch, length), np.int64)
     logits = np.full((batch, 1, session.model.vocab_size), np.nan, np.float32)
     feeds = prefill_feeds(ids, np.full(batch, length), np.full((batch, 1), length - 1))
-    return session.bind(feeds, session.new_key_values(batch, length), logits), logits
+    key_values = session.new_key_values(batch, length)
+    return session.bind(feeds, key_values, logits), logits, (feeds, key_values)
 
 
 def test_a_stopped_run_ends_before_its_result_and_the_session_goes_on(tiny: GPT, eager: Any) -> None:
-    binding, logits = long_run(tiny._session)
+    binding, logits, _held = long_run(tiny._session)
     asked = iter([False, True])
     with pytest.raises(Stopped):
         tiny._session.run_long(binding, lambda: next(asked))
@@ -34,7 +35,7 @@ def test_a_stopped_run_ends_before_its_result_and_the_session_goes_on(tiny: GPT,
 
 
 def test_ctrl_c_ends_a_run_before_its_result(tiny: GPT, eager: Any) -> None:
-    binding, logits = long_run(tiny._session)
+    binding, logits, _held = long_run(tiny._session)
 
     def interrupt() -> bool:
         signal.raise_signal(signal.SIGINT)
@@ -47,7 +48,7 @@ def test_ctrl_c_ends_a_run_before_its_result(tiny: GPT, eager: Any) -> None:
 
 
 def test_a_long_run_that_nobody_stops_has_a_result(tiny: GPT) -> None:
-    binding, logits = long_run(tiny._session)
+    binding, logits, _held = long_run(tiny._session)
     tiny._session.run_long(binding, lambda: False)
     assert np.isfinite(logits).all()
 
