@@ -55,10 +55,10 @@ def _regions() -> list[Region]:
 
 
 def _collapse(regions: list[Region], page: int) -> None:
-    madvise = ctypes.CDLL(None).madvise
+    madvise, step = ctypes.CDLL(None).madvise, max(page, CALL_BYTES)
     for start, end in regions:
         end -= end % page
-        for place in range(-(-start // page) * page, end, CALL_BYTES):
+        for place in range(-(-start // page) * page, end, step):
             began = time.perf_counter()
-            madvise(ctypes.c_void_p(place), ctypes.c_size_t(min(CALL_BYTES, end - place)), _MADV_COLLAPSE)
+            madvise(ctypes.c_void_p(place), ctypes.c_size_t(min(step, end - place)), _MADV_COLLAPSE)
             time.sleep(REST * (time.perf_counter() - began))
