@@ -34,7 +34,7 @@ wheel-test: install bundles  ## the runtime's tests but the longest against the 
 	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime -k "not ten_thousand_rows"
-	build/wheel-venv/bin/pip install -q --disable-pip-version-check "onnxruntime==1.23.*"
+	build/wheel-venv/bin/pip install -q --disable-pip-version-check "onnxruntime==1.23.*; python_version < '3.14'"
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime/test_bundle.py tests/runtime/test_generate.py tests/runtime/test_session.py -k "not int8 and not int4"
 
 cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it

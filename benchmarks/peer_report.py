@@ -36,10 +36,11 @@ ROUNDED_BY_GPTEDGE = ("onnxruntime-genai int8", "onnxruntime-genai int4")
 NOTES = """
 Tokens/s of one row, greedy, after six seconds of decoding; medians of {turns} turns (quartiles) in {rounds} rounds,
 each of them a process, files in the page cache. Tools of the same bits stay loaded in a round, and each is measured
-while the others are stopped: a ratio is the median of those within a turn, so within a minute. The model has GPT-2
-124M's sizes, an output head of its own and random weights; it repeats the text that repeats. Same ids: 33 tokens behind
-a prompt of 64, against the book's loop in PyTorch. Top-1 agreement: the next ids of 100 prompts of 16 tokens; random
-weights choose between closer logits than trained ones, so that rounding turns more choices.
+while the others are stopped: a ratio is the median of those within a turn, so within a minute, and within two for the
+textbook loop, which takes one turn of each round. The model has GPT-2 124M's sizes, an output head of its own and
+random weights; it repeats the text that repeats. Same ids: 33 tokens behind a prompt of 64, against the book's loop in
+PyTorch. Top-1 agreement: the next ids of 100 prompts of 16 tokens; random weights choose between closer logits than
+trained ones, so that rounding turns more choices.
 
 Tools at their defaults but for the threads: llama.cpp holds keys and values in 16 bits and OpenVINO in 8, both at every
 precision, gptedge in 8 at int8 and int4, all else in 32. With weights of 4 bits the output head has 4 in gptedge, 6 in

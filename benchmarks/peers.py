@@ -121,7 +121,8 @@ class Running:
     def ask(self, figure: str) -> float:
         """Return a figure. Raises ``PeerFailedError``."""
         self._process.send_signal(signal.SIGCONT)
-        print(figure, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # _answer() says why
+            print(figure, file=self._process.stdin, flush=True)
         value: float = self._answer()
         return value
 
