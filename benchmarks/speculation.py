@@ -1,9 +1,9 @@
 """What prompt lookup gains or costs: speculation.py BUNDLE [--prompt TEXT ...] [--new-tokens 256] [--rounds 5].
 
-Each prompt is continued with and without drafts, in turn. A line of JSON for each: the share of the new 4-grams that
-stood in the text before, the steps of either loop, ms per token, least and median of the rounds, and the ratio plain /
-speculative. Where nothing is drafted the loops take the same steps, and differ by the lookup and by what else the
-machine does. Exit code 1 where the two loops wrote other ids.
+Each prompt is continued with and without drafts, in turn. A line of JSON for each: the share of the new ids that end an
+n-gram of the text, as long as drafts take; the steps of either loop; ms per token, least and median of the rounds; and
+the ratio plain / speculative. Where nothing is drafted the loops take the same steps, and differ by the lookup and by
+what else the machine does. Exit code 1 where the two loops wrote other ids.
 """
 
 import argparse
@@ -16,8 +16,13 @@ from typing import Any
 from gptedge_runtime import GPT, load, session
 from gptedge_runtime.generate import generate
 from gptedge_runtime.session import Step
+from gptedge_runtime.speculate import NGRAM
 
-PROMPTS = ["One windy day, Leo", "a b c d e f g h " * 8]
+PROMPTS = [
+    *("One windy day, Leo", "Once upon a time", "Mia had a red ball", "The old dog", "Tom and Ana went to the park"),
+    *("It was raining", "A little bird", "Sam found a key", "The king", "Every morning, Lily", "Ben was sad"),
+    "On Sunday, Grandma",
+]
 
 
 class CountedStep(Step):
@@ -42,11 +47,11 @@ def measure(gpt: GPT, prompt: list[int], new_tokens: int, *, speculate: bool) ->
 
 
 def repeated(prompt: list[int], new_ids: list[int]) -> float:
-    """Return the share of the new ids that end a 4-gram which stood before."""
+    """Return the share of the new ids that end an n-gram which stood before."""
     row, seen, count = prompt + new_ids, set[tuple[int, ...]](), 0
-    for end in range(4, len(row) + 1):
-        count += end > len(prompt) and tuple(row[end - 4 : end]) in seen
-        seen.add(tuple(row[end - 4 : end]))
+    for end in range(NGRAM, len(row) + 1):
+        count += end > len(prompt) and tuple(row[end - NGRAM : end]) in seen
+        seen.add(tuple(row[end - NGRAM : end]))
     return count / len(new_ids)
 
 

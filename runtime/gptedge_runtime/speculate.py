@@ -11,7 +11,8 @@ import numpy as np
 from .limits import ShouldStop, Stopped
 from .session import Cache, Logits, Session
 
-NGRAM = 4
+NGRAM = 12  # shorter ones come again in text that goes on otherwise: wrong drafts then cost what right ones gain
+LOOK_EVERY = 8  # steps: small models feel each look
 SIZES = (8, 16)  # tokens of a step with drafts: the second after a step whose drafts all stayed
 EARNED = 1 / 64  # of a step's time, which each plain step allows drafts to lose
 MAX_CREDIT = 8.0
@@ -31,8 +32,9 @@ class Speculation:
         self._lookup = Lookup(row)
         self._drafts: list[int] = []
         self._size = SIZES[0]
-        self._credit = -EARNED  # the first step is a plain one, whose time is the measure
-        self._n_exact = len(row)  # ids that the cache holds exactly as plain steps would
+        self._credit = 0.0
+        self._look_at = len(row) + 2  # ids: the first step is a plain one, whose time is the measure
+        self._n_exact: int | None = None  # ids that the cache holds exactly as plain steps would, unless it is all
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
         """Bring the cache's logits up to the row's last id, ``next_ids[0]``. Raises ``Stopped``."""
@@ -41,43 +43,47 @@ class Speculation:
             self._earn(1)
             if not self._drafts:
                 self._size = SIZES[-1]
+        elif len(self._row) < self._look_at:
+            self._cache.decode(next_ids, should_stop)
         else:
-            self._step(next_ids, should_stop)
-        if self._n_exact < len(self._row) and self._session.rounds_finely and is_close(self._cache.logits[0]):
-            self._read_again(should_stop)
+            self._look(next_ids, should_stop)
+        if self._n_exact is not None and is_close(self._cache.logits[0]):
+            self._read_again(self._n_exact, should_stop)
 
-    def _step(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
+    def _look(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
+        """Make a step with drafts, after which the next one looks again, or a plain one."""
         self._drafts = self._draft() if self._credit >= 0 else []
         self._size = SIZES[0]
+        self._look_at = len(self._row) + (1 if self._drafts else LOOK_EVERY)
         self._cache.decode(next_ids, should_stop, self._drafts)
-        if self._drafts:
-            self._earn(1 - self._cache.cost(1 + len(self._drafts)))
+        if not self._drafts:
+            self._earn(LOOK_EVERY * EARNED)
             return
-        self._earn(EARNED)
-        if self._n_exact == len(self._row) - 1:
-            self._n_exact += 1
+        self._earn(1 - self._cache.cost(1 + len(self._drafts)))
+        if self._session.rounds_finely and self._n_exact is None:
+            self._n_exact = len(self._row) - 1
 
     def _draft(self) -> list[int]:
-        """Return drafts that fit into the cache, or none. It runs at almost every step: small models feel it."""
+        """Return drafts that fit into the cache, or none."""
         room = self._cache.capacity - len(self._row) + 1
         size = self._size if self._size <= room else SIZES[0]
         drafts = self._lookup.draft(size - 1) if size <= room else []
         return drafts if drafts and (self._session.rounds_finely or self._session.is_batch_invariant) else []
 
-    def _read_again(self, should_stop: ShouldStop) -> None:
+    def _read_again(self, n_exact: int, should_stop: ShouldStop) -> None:
         """Read once more, by plain steps, all ids behind those that plain steps have read.
 
         A step of several tokens adds in another order: its logits, and all that come from its keys and values, differ
         in the last bits. These may decide between logits so close; then the bits of the plain loop have to.
         """
         self._drafts = []
-        self._cache.shorten(self._n_exact)
-        for token_id in self._row[self._n_exact :]:
+        self._cache.shorten(n_exact)
+        for token_id in self._row[n_exact:]:
             if should_stop():
                 raise Stopped
             self._cache.decode([token_id], should_stop)
             self._earn(-1)
-        self._n_exact = len(self._row)
+        self._n_exact = None
 
     def _earn(self, steps: float) -> None:
         self._credit = min(self._credit + steps, MAX_CREDIT)
@@ -90,19 +96,19 @@ class Lookup:
         self._row = row
         self._n_read = 0
         self._followed: dict[tuple[int, ...], int] = {}  # n-gram -> place in the row behind its last occurrence
-        self._place: int | None = None
 
     def draft(self, count: int) -> list[int]:
-        """Return ``count`` ids, or none where the row's last n-gram is new."""
-        for end in range(self._n_read + 1, len(self._row) + 1):
-            ngram = tuple(self._row[max(end - NGRAM, 0) : end])
-            self._place = self._followed.get(ngram)
-            self._followed[ngram] = end
-        self._n_read = len(self._row)
-        if self._place is None:
+        """Return ``count`` ids, or none where the row's last n-gram is new. Once for each length of the row."""
+        row, followed = self._row, self._followed
+        for end in range(self._n_read + 1, len(row)):
+            followed[tuple(row[max(end - NGRAM, 0) : end])] = end
+        ngram = tuple(row[-NGRAM:])
+        place = followed.get(ngram)
+        followed[ngram] = self._n_read = len(row)
+        if place is None:
             return []
-        draft = self._row[self._place : self._place + count]
-        period = len(self._row) - self._place
+        draft = row[place : place + count]
+        period = len(row) - place
         while len(draft) < count:
             draft.append(draft[-period])
         return draft
