@@ -19,8 +19,17 @@ from gptedge_runtime.session import Step
 from gptedge_runtime.speculate import NGRAM
 
 PROMPTS = [
-    *("One windy day, Leo", "Once upon a time", "Mia had a red ball", "The old dog", "Tom and Ana went to the park"),
-    *("It was raining", "A little bird", "Sam found a key", "The king", "Every morning, Lily", "Ben was sad"),
+    "One windy day, Leo",
+    "Once upon a time",
+    "Mia had a red ball",
+    "The old dog",
+    "Tom and Ana went to the park",
+    "It was raining",
+    "A little bird",
+    "Sam found a key",
+    "The king",
+    "Every morning, Lily",
+    "Ben was sad",
     "On Sunday, Grandma",
 ]
 
