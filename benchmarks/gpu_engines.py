@@ -56,7 +56,7 @@ class GptEdge:
         return self._read()
 
     def _read(self) -> list[int]:
-        self.next_ids: list[int] = self.cache.best_ids(self.rows).tolist()
+        self.next_ids = self.cache.best_ids(self.rows)
         return self.next_ids
 
 

@@ -174,7 +174,7 @@ def choose(
     """Return an id for each running row: the most likely one, or a drawn one."""
     best = cache.best_ids(running)
     if sampling is None or sampling.temperature == 0:
-        return dict(zip(running, best.tolist(), strict=True))
+        return dict(zip(running, best, strict=True))
     return {b: draw(cache.logits[b], sampling, randoms[b]) for b in running}
 
 

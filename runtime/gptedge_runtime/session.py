@@ -6,6 +6,7 @@ In the shapes below B is the batch, T the number of tokens and V the vocabulary 
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ class Cache:
         self._session = session
         self.key_values = key_values
         batch, _, self.capacity, _ = key_values[0].shape
-        self._lengths = np.zeros(batch, np.int64)
+        self._lengths = [0] * batch
         self._steps: dict[int, Step] = {}
         self._step = self._steps[1] = Step(session, self.key_values, 1)
         self._n_accepted = 0
@@ -180,26 +181,25 @@ class Cache:
         self._step.read_logits()
         return self._step.logits[:, self._n_accepted]
 
-    def best_ids(self, rows: Sequence[int]) -> Ids:
+    def best_ids(self, rows: Sequence[int]) -> list[int]:
         """Return the most likely id for each of these rows. Raises :class:`BundleError` where logits are not finite."""
         best = None if self._is_refilled else self._step.read_best_ids()
         if best is None:
             logits = self.logits
-            best = logits.argmax(axis=1)
-            is_finite = np.isfinite(logits[rows, best[rows]])  # argmax finds NaN and +inf wherever they are
+            ids = [int(logits[b].argmax()) for b in rows]
+            is_finite = all(isfinite(logits[b, i]) for b, i in zip(rows, ids, strict=True))  # argmax finds NaN and +inf
         else:
-            best = best[:, self._n_accepted]
-            is_finite = best[rows] >= 0
-        if not is_finite.all():
+            ids = best[rows, self._n_accepted].tolist()
+            is_finite = min(ids) >= 0
+        if not is_finite:
             self.is_finite = False
             raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
-        ids: Ids = best[rows]
         return ids
 
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
-        return int(self._lengths.max())
+        return max(self._lengths)
 
     def prefill(self, rows: Sequence[Sequence[int]], should_stop: ShouldStop) -> None:
         """Read one row of ids for each row of the cache. Raises ``Stopped``."""
@@ -226,7 +226,7 @@ class Cache:
             binding = self._session.bind(feeds, key_values, self._step.logits[part])
             self._session.run_long(binding, should_stop)
         self._session.read_logits(binding)
-        self._lengths[part] = [len(row) for row in rows]
+        self._lengths[part] = map(len, rows)
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop, drafts: Sequence[int] = ()) -> None:
         """Append one id to each row. A full row gets its last place written over, and logits that mean nothing.
@@ -239,9 +239,10 @@ class Cache:
             step = self._steps[n_tokens] = Step(self._session, self.key_values, n_tokens)
             step.least_s = n_tokens * self._steps[1].least_s  # the first run of a size takes far longer than others
         self._step, self._n_accepted, self._is_refilled = self._steps[n_tokens], 0, False
-        places = np.minimum(self._lengths, self.capacity - n_tokens)
+        last = self.capacity - n_tokens
+        places = [min(length, last) for length in self._lengths]
         self._step.run(next_ids, drafts, places, should_stop)
-        self._lengths = places + 1
+        self._lengths = [place + 1 for place in places]
 
     def close(self) -> None:
         """Give it back: it must not be used again, though that is not checked."""
@@ -250,11 +251,11 @@ class Cache:
     def accept(self) -> None:
         """Append the next draft of the last step; its logits are there already."""
         self._n_accepted += 1
-        self._lengths += 1
+        self._lengths[0] += 1
 
     def shorten(self, length: int) -> None:
         """Forget all but the first ids of each row."""
-        self._lengths[:] = length
+        self._lengths = [length] * len(self._lengths)
 
     def cost(self, n_tokens: int) -> float:
         """Return the time of a step of several tokens, as a multiple of a plain step's."""
@@ -262,19 +263,24 @@ class Cache:
 
 
 class Step:
-    """The buffers of a decode step of one or several tokens a row, bound once, and the least time that it took."""
+    """The buffers of a decode step of one or several tokens a row, bound once, and the least time that it took.
+
+    Its numbers are written one by one: numpy's calls take longer, after a run most of all, which leaves nothing of them
+    in the processor's cache.
+    """
 
     def __init__(self, session: Session, key_values: Sequence[NDArray[np.float32]], n_tokens: int) -> None:
         batch = len(key_values[0])
         self._session = session
-        self._places = np.arange(n_tokens)
         self._feeds: dict[str, NDArray[Any]] = {
             "input_ids": np.zeros((batch, n_tokens), np.int64),
             "position_ids": np.zeros((batch, n_tokens), np.int64),
             "seqlens_k": np.zeros(batch, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
-            "logit_positions": np.tile(self._places, (batch, 1)),
+            "logit_positions": np.tile(np.arange(n_tokens), (batch, 1)),
         }
+        flat = [array.reshape(-1).data for array in self._feeds.values()]
+        self._ids, self._positions, self._last, self._total, _ = flat
         self.logits = np.empty((batch, n_tokens, session.model.n_outputs), np.float32)
         self.least_s = np.inf
         self._binding = session.bind(self._feeds, key_values, self.logits)
@@ -287,13 +293,17 @@ class Step:
         """Return the most likely ids (B, n_tokens) of the last run where the graph tells them."""
         return self._session.read_best_ids(self._binding)
 
-    def run(self, next_ids: Sequence[int], drafts: Sequence[int], places: Ids, should_stop: ShouldStop) -> None:
-        """Read one id for each row, and drafts behind it, at places int64 (B,) and those behind. Raises ``Stopped``."""
-        self._feeds["input_ids"][:, 0] = next_ids
-        self._feeds["input_ids"][:, 1:] = drafts
-        self._feeds["position_ids"][:] = places[:, None] + self._places
-        self._feeds["seqlens_k"][:] = places + len(drafts)
-        self._feeds["total_sequence_length"][...] = places.max() + 1 + len(drafts)
+    def run(
+        self, next_ids: Sequence[int], drafts: Sequence[int], places: Sequence[int], should_stop: ShouldStop
+    ) -> None:
+        """Read one id for each row, and drafts behind it, at its place and those behind. Raises ``Stopped``."""
+        at, n_drafts = 0, len(drafts)
+        for row, (next_id, place) in enumerate(zip(next_ids, places, strict=True)):
+            for position, token_id in enumerate((next_id, *drafts), start=place):
+                self._ids[at], self._positions[at] = token_id, position
+                at += 1
+            self._last[row] = place + n_drafts
+        self._total[0] = max(places) + 1 + n_drafts
         started = time.perf_counter()
         if self.least_s > POLL_S or self._session.timeout_s is not None:
             self._session.run_long(self._binding, should_stop)

@@ -135,7 +135,7 @@ def test_the_most_likely_ids_come_from_the_device_without_their_logits(
     cache.decode(eager.ids[:, 3].tolist(), never)
     best = cache.best_ids([0, 1])
     assert not cache._step._binding.is_read
-    assert best.tolist() == cache.logits.argmax(axis=1).tolist()
+    assert best == cache.logits.argmax(axis=1).tolist()
 
 
 def test_drawn_ids_are_those_of_the_logits(open_on: OpenOn, device: str, eager: Any) -> None:
