@@ -154,8 +154,10 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
         return graph
     prepared.store(graph)
     fold_weights(graph)
-    if name == "decode" and prepared.int8_cache:
-        (compute_by_row if precision == "int4" else drop_reshapes)(graph, model.config.emb_dim)
+    if name == "decode" and precision == "int4":
+        compute_by_row(graph, model.config.emb_dim)
+    elif name == "decode" and precision == "int8":
+        drop_reshapes(graph)
     return graph
 
 

@@ -55,7 +55,11 @@ class Block(nn.Module):
         self.gelu = "none" if isinstance(block.ff.layers[1], nn.GELU) else "tanh"
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        x = x + self.out_proj(attend(layer, self.qkv(self.norm1(x))))
+        return self.after(attend(layer, self.qkv(self.norm1(x))), x)
+
+    def after(self, context: Tensor, x: Tensor) -> Tensor:
+        """What follows the attention: each row by itself."""
+        x = x + self.out_proj(context)
         widened: Tensor = self.up(self.norm2(x))  # (B*S, 4D)
         out: Tensor = x + self.down(F.gelu(widened, approximate=self.gelu))
         return out
@@ -77,8 +81,14 @@ class Stack(nn.Module):
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Token ids (B, S) and positions (B, S) or (S,) -> (B*S, D), before the final norm."""
+        x = self.before_last(input_ids, position_ids, attend)
+        out: Tensor = self.blocks[-1](x, self.config.n_layers - 1, attend)
+        return out
+
+    def before_last(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """Token ids (B, S) and positions (B, S) or (S,) -> (B*S, D), before the last block."""
         x = self.embed(input_ids, position_ids)  # (B*S, D)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.blocks[:-1]):
             x = block(x, layer, attend)
         return x
 
@@ -94,10 +104,18 @@ class Stack(nn.Module):
             kv = round_cache(kv)
         return (heads(x, self.config, batch_size) for x in (q, *kv.chunk(2, dim=-1)))
 
-    def logits(self, x: Tensor, batch_size: int) -> Tensor:
-        """(B*S, D) -> (B, S, V); a classifier has its classes where V stands."""
+    def logits(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """(B*S, D) -> (B, S, V), where ``shape`` is (B, S); a classifier has its classes where V stands."""
         logits: Tensor = self.out_head(self.final_norm(x))  # (B*S, V)
-        return logits.view(batch_size, -1, self.out_head.out_features)
+        return logits.view(*shape, self.out_head.out_features)
+
+
+def pick(x: Tensor, positions: Tensor) -> Tensor:
+    """Of (B*S, D) the rows at positions (B, logit_count) of their sequences, (B * logit_count, D)."""
+    (batch_size, count), width = positions.shape, x.shape[-1]
+    inputs = [x.view(batch_size, -1, width), positions[..., None]]
+    shape = (batch_size, count, width)
+    return torch.onnx.ops.symbolic("GatherND", inputs, {"batch_dims": 1}, dtype=x.dtype, shape=shape).flatten(0, 1)
 
 
 def heads(x: Tensor, config: GPTConfig, batch_size: int) -> Tensor:
@@ -137,7 +155,7 @@ class Forward(Stack):
             q, k, v = self.split(layer, qkv, batch_size)
             return attention(q, k, v, bias)
 
-        return self.logits(self.hidden(input_ids, positions, attend), batch_size)
+        return self.logits(self.hidden(input_ids, positions, attend), input_ids.shape)
 
 
 class Growing(Stack):
@@ -170,7 +188,7 @@ class Cached(Growing):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         x, present = self.read(input_ids, attention_mask, position_ids, past)
-        return self.logits(x, input_ids.shape[0]), present
+        return self.logits(x, input_ids.shape), present
 
 
 class Decode(Stack):
@@ -185,12 +203,13 @@ class Decode(Stack):
         logit_positions: Tensor,
         past: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        batch_size, length = input_ids.shape
-        present: list[tuple[Tensor, Tensor]] = []
+        batch_size, present = input_ids.shape[0], list[tuple[Tensor, Tensor]]()
         attend = self.attend_in_place(batch_size, seqlens_k, total_sequence_length, past, present)
-        x = self.hidden(input_ids, position_ids, attend)
-        rows = torch.arange(batch_size)[:, None] * length + logit_positions  # (B, logit_count)
-        return self.logits(x[rows.flatten()], batch_size), present
+        x = self.before_last(input_ids, position_ids, attend)  # (B*S, D)
+        last: Any = self.blocks[-1]
+        context = attend(self.config.n_layers - 1, last.qkv(last.norm1(x)))
+        x = last.after(pick(context, logit_positions), pick(x, logit_positions))  # (B * logit_count, D)
+        return self.logits(x, logit_positions.shape), present
 
     def attend_in_place(
         self,
@@ -204,9 +223,9 @@ class Decode(Stack):
         n_heads, head_dim, width = self.config.n_heads, self.config.head_dim, cache_width("decode", self.config)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            qkv = qkv.view(batch_size, -1, 3 * n_heads, head_dim)
-            length = qkv.shape[1]
-            qkv = widen(qkv, width).flatten(2)  # (B, S, 3 * n_heads * width)
+            if width > head_dim:
+                qkv = widen(qkv.view(-1, 3 * n_heads, head_dim), width)
+            qkv = qkv.view(batch_size, -1, 3 * n_heads * width)  # (B, S, 3 * n_heads * width)
             k, v = past[layer]
             inputs = [qkv, None, None, k, v, seqlens_k, total_sequence_length]
             attributes = {"num_heads": n_heads, "kv_num_heads": n_heads, "do_rotary": 0, "scale": head_dim**-0.5}
@@ -218,7 +237,7 @@ class Decode(Stack):
                 inputs,
                 attributes,
                 dtypes=[qkv.dtype, k.dtype, v.dtype],
-                shapes=[(batch_size, length, n_heads * width), k.shape, v.shape],
+                shapes=[(*qkv.shape[:2], n_heads * width), k.shape, v.shape],
                 version=1,
             )
             present.append((k, v))
@@ -266,10 +285,8 @@ class Prefill(Stack):
             )
             return context.view(-1, config.n_heads, width)[..., : config.head_dim].flatten(1)  # (S, D)
 
-        *blocks, last = list[Any](self.blocks)
-        x = self.embed(input_ids, past_length + torch.arange(length))  # (S, D)
-        for layer, block in enumerate(blocks):
-            x = block(x, layer, attend)
+        x = self.before_last(input_ids, past_length + torch.arange(length), attend)  # (S, D)
+        last: Any = self.blocks[-1]
         split(last.qkv(last.norm1(x)))
         return present
 

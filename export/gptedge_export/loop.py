@@ -37,7 +37,7 @@ class Step(Growing):
         position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past[0][0].shape[2] :]  # (B, S)
         x, present = self.read(input_ids, attention_mask, position_ids, past)
         last = x.view(batch_size, -1, self.config.emb_dim)[:, -1]  # (B, D)
-        chosen = self.logits(last, batch_size)[:, 0].argmax(-1)  # (B,)
+        chosen = self.logits(last, (batch_size, 1))[:, 0].argmax(-1)  # (B,)
         next_ids = torch.where(ended, eos_token_id, chosen)
         next_mask = torch.cat((attention_mask, (~ended).long()[:, None]), dim=1)  # an ended row grows no longer
         ended = ended | (next_ids == eos_token_id)

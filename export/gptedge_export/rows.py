@@ -28,8 +28,9 @@ def compute_by_row(model: ir.Model, width: int) -> None:
     grouped: dict[ir.Value, ir.Value] = {}
     for node in [*graph]:
         if node.op_type in ("GroupQueryAttention", "GatherND"):
-            _scan(segment, shape, grouped)
-            segment = []
+            if segment:
+                _scan(segment, shape, grouped)
+                segment = []
             reshape = node.inputs[0].producer()
             if reshape.op_type == "Reshape":  # of several the last says all
                 reshape.replace_input_with(0, before_reshapes(node.inputs[0]))

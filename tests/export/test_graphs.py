@@ -47,6 +47,15 @@ def test_one_token_at_a_time_matches_the_whole_sequence(name: str, tiny_model: G
         np.testing.assert_allclose(logits[:, 0], expected[:, past], rtol=0, atol=bound(expected))
 
 
+def test_logits_are_those_of_the_positions_asked_for(tiny_model: GPTModel, tiny_bundle: Path) -> None:
+    """In each row's own order: only these rows are computed behind the last attention."""
+    graph, wanted = Graph(tiny_bundle, "decode", TINY), np.array([[3, 0], [1, 4]])
+    ids = np.random.default_rng(0).integers(TINY.vocab_size, size=(2, 5))
+    logits, _ = graph.decode(ids, np.tile(np.arange(5), (2, 1)), np.full(2, 5), wanted, graph.cache(2, 5))
+    expected = eager(tiny_model, ids)[np.arange(2)[:, None], wanted]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=bound(expected))
+
+
 configs = st.builds(
     lambda heads, head_dim, **sizes: GPTConfig(n_heads=heads, emb_dim=heads * head_dim, **sizes),
     heads=st.integers(1, 4),

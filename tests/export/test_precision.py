@@ -124,9 +124,9 @@ def test_nothing_is_reshaped_between_the_kernels(head_dim: int) -> None:
     prepared = prepare(GPTModel(config), "int8", [[*range(16)]], progress=False)
     graph = trace(prepared.model, "decode", 20, prepared.int8_cache)
     prepared.store(graph)
-    drop_reshapes(graph, config.emb_dim)
+    drop_reshapes(graph)
     count = Counter(node.op_type for node in graph.graph)
-    assert count["Reshape"] == (4 if head_dim == 8 else 4 + 4 * config.n_layers)
+    assert count["Reshape"] == (1 if head_dim == 8 else 7 + 4 * config.n_layers)
 
 
 def test_rows_of_a_batch_equal_single_rows(demo_bundle: Path) -> None:

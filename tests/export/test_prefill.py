@@ -38,7 +38,7 @@ def make(prepared: Prepared, opset: int = 20) -> dict[str, ir.Model]:
     graphs = {name: trace(prepared.model, name, opset, prepared.int8_cache) for name in ("prefill", "decode")}
     prepared.store_prefill(graphs["prefill"])
     prepared.store(graphs["decode"])
-    drop_reshapes(graphs["decode"], prepared.model.config.emb_dim)
+    drop_reshapes(graphs["decode"])
     return graphs
 
 

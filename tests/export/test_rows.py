@@ -1,5 +1,6 @@
 """``decode.onnx`` at int4: a row of a short sequence has the bits that it has alone, a prompt is read at once."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,20 @@ def graphs(request: pytest.FixtureRequest) -> Graphs:
     config = GPTConfig(vocab_size=90, context_length=40, emb_dim=8 * head_dim, n_heads=8, n_layers=2)
     prepared = prepare(GPTModel(config), "int4", [[*range(40)]], progress=False)
     made = {}
-    for name, change in (("by row", compute_by_row), ("at once", drop_reshapes)):
+    for name, change in (("by row", partial(compute_by_row, width=config.emb_dim)), ("at once", drop_reshapes)):
         made[name] = trace(prepared.model, "decode", opset, prepared.int8_cache)
         prepared.store(made[name])
-        change(made[name], config.emb_dim)
+        change(made[name])
     return config, made
 
 
 def opened(graph: ir.Model) -> ort.InferenceSession:
     with attention_of_cache(True):
-        return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            ir.to_proto(graph).SerializeToString(),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["SkipLayerNormFusion"],  # it adds in another order, and is kept from a Scan's body
+        )
 
 
 def step(session: ort.InferenceSession, ids: NDArray[Any], past: int, cache: dict[str, Any]) -> NDArray[Any]:
