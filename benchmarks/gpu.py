@@ -26,7 +26,7 @@ from gptedge_runtime.provider import why_not_cuda
 from gpu_engines import ENGINES, Engine, random_rows
 
 SEED = 123
-TINY = GPTConfig(vocab_size=300, context_length=128, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0)
+TINY = GPTConfig(vocab_size=300, context_length=256, emb_dim=64, n_heads=4, n_layers=2, drop_rate=0.0)
 WARM_UP_STEPS = 5  # in which engines compile, capture and take memory
 BASE = "torch eager"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
