@@ -19,14 +19,14 @@ from .answers import known_answers
 from .atomic import atomic_folder
 from .classifier import Classifier, is_classifier
 from .companions import companions
+from .cuda import CUDA_DTYPES
 from .errors import ExportError
-from .graphs import CUDA_DTYPES, GRAPHS
 from .loop import fold_weights, generate_graph, trace_step
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .reshapes import drop_reshapes
 from .rows import compute_by_row
-from .trace import trace
+from .trace import GRAPHS, trace
 from .verify import Check, verify, verify_prefill
 from .vocabulary import Vocabulary
 

@@ -28,7 +28,7 @@ def compute_by_row(model: ir.Model, width: int) -> None:
     grouped: dict[ir.Value, ir.Value] = {}
     for node in [*graph]:
         if node.op_type in ("GroupQueryAttention", "GatherND"):
-            if segment:
+            if segment:  # else the second of two that pick rows
                 _scan(segment, shape, grouped)
                 segment = []
             reshape = node.inputs[0].producer()

@@ -1,4 +1,4 @@
-"""Graphs of graphs.py to ONNX by ``torch.onnx.export``, with dynamic axes and nothing that tells of the machine."""
+"""Modules to ONNX by ``torch.onnx.export``, with dynamic axes and nothing that tells of the machine."""
 
 import contextlib
 import io
@@ -12,7 +12,16 @@ import torch
 from gptedge_models import GPTConfig, GPTModel
 from torch import Tensor
 
-from .graphs import GRAPHS, IN_PLACE, Stack, cache_names, cache_width
+from .cuda import DecodeOnCuda
+from .graphs import IN_PLACE, Cached, Decode, Forward, Prefill, Stack, cache_names, cache_width
+
+GRAPHS: dict[str, type[Stack]] = {
+    "decode": Decode,
+    "decode_cuda": DecodeOnCuda,
+    "forward": Forward,
+    "model": Cached,
+    "prefill": Prefill,
+}
 
 Sample = dict[str, tuple[Tensor, dict[int, str]]]
 """Example inputs by name, each with the names of its varying axes."""

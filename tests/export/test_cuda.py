@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from gptedge_export import ExportError, Vocabulary, export_bundle
-from gptedge_export.graphs import CUDA_DTYPES
+from gptedge_export.cuda import CUDA_DTYPES
 from gptedge_export.precision import prepare
 from gptedge_export.verify import RTOL
 from gptedge_models import GPTConfig, GPTModel
