@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install bundles wheel-test cuda-test examples-test release clean
+.PHONY: demo test lint install bundles wheel-test cuda-test hosts release clean
 
 demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
@@ -11,7 +11,8 @@ demo: install  ## export the demo model and let it tell a story
 test: install lint bundles  ## linters, types, import contract, all tests, in two processes
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: install
+# Asked for together, also with -j: hosts, then test, then wheel-test. What is installed changes under neither.
+lint: install $(filter hosts,$(MAKECMDGOALS))
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -28,7 +29,7 @@ bundles: install  ## what the tests read, made once for all that run
 	$(BIN)/python tests/make_bundles.py build/test-bundles
 
 # All other tests run with the newest onnxruntime; 1.27 is the oldest that reads int8 and int4, and 1.23 the oldest of all.
-wheel-test: install bundles  ## the runtime's tests but the longest against the built wheel and the oldest onnxruntime, without PyTorch
+wheel-test: install bundles $(filter test,$(MAKECMDGOALS))  ## the runtime's tests but the longest against the built wheel and the oldest onnxruntime, without PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
 	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout hypothesis
@@ -44,9 +45,8 @@ cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, wi
 	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/gpu tests/runtime/test_provider.py
 
-examples-test: install  ## the bundle in Node, a browser, C and other runtimes than Python's, which is among all tests
+hosts: install  ## Node, a browser, C and other runtimes: without them the tests of the examples are skipped by name
 	tests/examples/setup.sh $(BIN)/python
-	GPTEDGE_REQUIRE_HOSTS=1 $(BIN)/pytest -q tests/examples -k "not python_runtime"
 
 release: install  ## the wheel, and the bill of materials of what it installs on a device
 	rm -rf dist build/sbom && $(BIN)/python -m pip wheel -q --no-deps -w dist .

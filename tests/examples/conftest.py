@@ -1,6 +1,6 @@
 """Bundles with GPT-2's own vocabulary, and the programs that the hosts need: a missing one is a named skip.
 
-Set GPTEDGE_REQUIRE_HOSTS=1 and it is a failure instead. `tests/examples/setup.sh` installs them all.
+Set GPTEDGE_REQUIRE_HOSTS=1 and it is a failure instead. `make hosts` installs them all.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def need() -> Need:
         for place in places:
             if place is not None and Path(place).exists():
                 return Path(place)
-        message = f"{what} is missing: run tests/examples/setup.sh"
+        message = f"{what} is missing: make hosts"
         if os.environ.get("GPTEDGE_REQUIRE_HOSTS"):
             pytest.fail(message)
         pytest.skip(message)
