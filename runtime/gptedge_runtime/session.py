@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
 from .huge_pages import huge_pages
-from .invariance import is_batch_invariant
+from .invariance import is_batch_invariant, is_step_invariant
 from .limits import POLL_S, ShouldStop, in_worker, never, until
 from .mapped import let_go
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
@@ -25,6 +25,7 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
+MOST_ROWS = 16  # of a kernel's input at which its bits are tried out: a batch's rows, as a step's tokens
 FORWARD_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 
 
@@ -56,6 +57,7 @@ class Session:
         self._ort = import_onnxruntime()
         self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
+        self._is_step_invariant: dict[int, bool] = {}
         self._probe()
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
@@ -79,8 +81,15 @@ class Session:
 
     @cached_property
     def is_batch_invariant(self) -> bool:
-        """Whether a row's logits have the same bits alone, among others and read several at a time: tried out once."""
-        return not self.rounds_finely and self.cache_dtype == "int8" and is_batch_invariant(self)
+        """Whether a row's logits have the same bits alone and among others: tried out once."""
+        return self.is_step_invariant(MOST_ROWS) and is_batch_invariant(self)
+
+    def is_step_invariant(self, n_tokens: int) -> bool:
+        """Whether a step of so many tokens has the bits of plain ones: tried out once."""
+        if n_tokens not in self._is_step_invariant:
+            may_be = not self.rounds_finely and self.cache_dtype == "int8"
+            self._is_step_invariant[n_tokens] = may_be and is_step_invariant(self, n_tokens)
+        return self._is_step_invariant[n_tokens]
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""
@@ -257,9 +266,14 @@ class Cache:
         """Forget all but the first ids of each row."""
         self._lengths = [length] * len(self._lengths)
 
+    @property
+    def plain_step_s(self) -> float:
+        """The least time that a step of one token took."""
+        return self._steps[1].least_s
+
     def cost(self, n_tokens: int) -> float:
         """Return the time of a step of several tokens, as a multiple of a plain step's."""
-        return self._steps[n_tokens].least_s / self._steps[1].least_s
+        return self._steps[n_tokens].least_s / self.plain_step_s
 
 
 class Step:

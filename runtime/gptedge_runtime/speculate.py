@@ -5,44 +5,54 @@ all, and those stay that greedy decoding chooses (Leviathan et al., arXiv 2211.1
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from .limits import ShouldStop, Stopped
 from .session import Cache, Logits, Session
 
-NGRAM = 12  # shorter ones come again in text that goes on otherwise: wrong drafts then cost what right ones gain
-LOOK_EVERY = 8  # steps: small models feel each look
-SIZES = (8, 16)  # tokens of a step with drafts: the second after a step whose drafts all stayed
-EARNED = 1 / 64  # of a step's time, which each plain step allows drafts to lose
+
+class Kind(NamedTuple):
+    """Drafts behind n-grams of one length."""
+
+    ngram: int
+    sizes: tuple[int, ...]  # tokens of a step with drafts: the next one after a step whose drafts all stayed
+    look_every: int  # steps: small models feel each look
+
+
+LONG = Kind(12, (4, 8, 16), 8)  # behind shorter ones text often goes on otherwise, which so many drafts do not bear
+SHORT = Kind(3, (2,), 1)
+SHORT_FROM_S = 0.001  # of a plain step: two tokens take smaller models nearly twice as long, and they feel each look
+EARNED = 1 / 128  # of a step's time, which each step allows drafts of a kind to lose
 MAX_CREDIT = 8.0
 
 
 class Speculation:
     """Decodes one greedy row as ``Cache.decode`` does, with the same logits' choice and fewer steps.
 
-    Drafts are made on credit, counted in plain steps: tokens gained add to it, the time of steps with drafts takes from
-    it, so that text which does not repeat loses at most ``EARNED`` of its time and one step.
+    Short drafts are for int8, which reads two tokens in little more time than one. int4 does not, and at float32 what
+    they gain would go into reading again.
     """
 
     def __init__(self, session: Session, cache: Cache, row: list[int]) -> None:
         self._session = session
         self._cache = cache
         self._row = row  # the caller appends to it
-        self._lookup = Lookup(row)
+        kinds = (LONG, SHORT) if session.precision == "int8" else (LONG,)
+        self._drafters = [Drafter(row, kind) for kind in kinds]
+        self._drafter = self._drafters[0]  # who made the drafts
+        self._look_at = self._drafter.look_at
         self._drafts: list[int] = []
-        self._size = SIZES[0]
-        self._credit = 0.0
-        self._look_at = len(row) + 2  # ids: the first step is a plain one, whose time is the measure
         self._n_exact: int | None = None  # ids that the cache holds exactly as plain steps would, unless it is all
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
         """Bring the cache's logits up to the row's last id, ``next_ids[0]``. Raises ``Stopped``."""
         if self._drafts and self._drafts.pop(0) == next_ids[0]:
             self._cache.accept()
-            self._earn(1)
+            self._drafter.earn(1)
             if not self._drafts:
-                self._size = SIZES[-1]
+                self._drafter.grow()
         elif len(self._row) < self._look_at:
             self._cache.decode(next_ids, should_stop)
         else:
@@ -51,24 +61,26 @@ class Speculation:
             self._read_again(self._n_exact, should_stop)
 
     def _look(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
-        """Make a step with drafts, after which the next one looks again, or a plain one."""
-        self._drafts = self._draft() if self._credit >= 0 else []
-        self._size = SIZES[0]
-        self._look_at = len(self._row) + (1 if self._drafts else LOOK_EVERY)
+        """Make a step with drafts, or a plain one."""
+        drafters = self._drafters if self._cache.plain_step_s > SHORT_FROM_S else self._drafters[:1]
+        self._drafts = self._draft(drafters)
+        self._look_at = min(drafter.look_at for drafter in drafters)
         self._cache.decode(next_ids, should_stop, self._drafts)
         if not self._drafts:
-            self._earn(LOOK_EVERY * EARNED)
             return
-        self._earn(1 - self._cache.cost(1 + len(self._drafts)))
+        self._drafter.earn(1 - self._cache.cost(1 + len(self._drafts)))
         if self._session.rounds_finely and self._n_exact is None:
             self._n_exact = len(self._row) - 1
 
-    def _draft(self) -> list[int]:
+    def _draft(self, drafters: list["Drafter"]) -> list[int]:
         """Return drafts that fit into the cache, or none."""
         room = self._cache.capacity - len(self._row) + 1
-        size = self._size if self._size <= room else SIZES[0]
-        drafts = self._lookup.draft(size - 1) if size <= room else []
-        return drafts if drafts and (self._session.rounds_finely or self._session.is_batch_invariant) else []
+        for drafter in drafters:
+            drafts = drafter.draft(room)
+            if drafts and (self._session.rounds_finely or self._session.is_step_invariant(1 + len(drafts))):
+                self._drafter = drafter
+                return drafts
+        return []
 
     def _read_again(self, n_exact: int, should_stop: ShouldStop) -> None:
         """Read once more, by plain steps, all ids behind those that plain steps have read.
@@ -82,27 +94,62 @@ class Speculation:
             if should_stop():
                 raise Stopped
             self._cache.decode([token_id], should_stop)
-            self._earn(-1)
+            self._drafter.earn(-1)
         self._n_exact = None
 
-    def _earn(self, steps: float) -> None:
+
+class Drafter:
+    """Makes drafts of one kind on credit, counted in plain steps.
+
+    Tokens gained add to it, the time of steps with drafts takes from it, so that text in which all are wrong loses at
+    most ``EARNED`` of its time and one step.
+    """
+
+    def __init__(self, row: list[int], kind: Kind) -> None:
+        self._row = row
+        self._kind = kind
+        self._lookup = Lookup(row, kind.ngram)
+        self._level = self._next_level = 0  # in the kind's sizes
+        self._credit = 0.0
+        self.look_at = len(row) + 2  # ids: the first step is a plain one, whose time is the measure
+
+    def draft(self, room: int) -> list[int]:
+        """Return drafts of what follows the row, for a step of at most ``room`` tokens, or none."""
+        if len(self._row) < self.look_at:
+            return []
+        sizes = self._kind.sizes
+        level = self._level if sizes[self._level] <= room else 0
+        drafts = self._lookup.draft(sizes[level] - 1) if self._credit >= 0 and sizes[level] <= room else []
+        self._level, self._next_level = 0, min(level + 1, len(sizes) - 1)
+        self.look_at = len(self._row) + (1 if drafts else self._kind.look_every)
+        if not drafts:
+            self.earn(EARNED * self._kind.look_every)
+        return drafts
+
+    def grow(self) -> None:
+        """Take the next size next time: all drafts stayed."""
+        self._level = self._next_level
+
+    def earn(self, steps: float) -> None:
+        """Add to the credit."""
         self._credit = min(self._credit + steps, MAX_CREDIT)
 
 
 class Lookup:
     """Finds what followed the last n-gram of a growing row where it stood before, at the same cost at any length."""
 
-    def __init__(self, row: list[int]) -> None:
+    def __init__(self, row: list[int], ngram: int) -> None:
         self._row = row
+        self._ngram = ngram
         self._n_read = 0
         self._followed: dict[tuple[int, ...], int] = {}  # n-gram -> place in the row behind its last occurrence
 
     def draft(self, count: int) -> list[int]:
         """Return ``count`` ids, or none where the row's last n-gram is new. Once for each length of the row."""
-        row, followed = self._row, self._followed
+        row, followed, size = self._row, self._followed, self._ngram
         for end in range(self._n_read + 1, len(row)):
-            followed[tuple(row[max(end - NGRAM, 0) : end])] = end
-        ngram = tuple(row[-NGRAM:])
+            followed[tuple(row[max(end - size, 0) : end])] = end
+        ngram = tuple(row[-size:])
         place = followed.get(ngram)
         followed[ngram] = self._n_read = len(row)
         if place is None:

@@ -14,7 +14,7 @@ from gptedge_export.rows import BY_ROW_TOKENS, compute_by_row
 from gptedge_export.trace import trace
 from gptedge_models import GPTConfig, GPTModel
 from gptedge_runtime.ort import attention_of_cache
-from gptedge_runtime.speculate import SIZES
+from gptedge_runtime.speculate import LONG
 from numpy.typing import NDArray
 
 Graphs = tuple[GPTConfig, dict[str, ir.Model]]
@@ -104,4 +104,4 @@ def test_weights_are_constants_where_they_are_used(graphs: Graphs) -> None:
 
 
 def test_no_step_with_drafts_is_longer_than_what_is_computed_by_row() -> None:
-    assert max(SIZES) <= BY_ROW_TOKENS
+    assert max(LONG.sizes) <= BY_ROW_TOKENS

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, load
-from gptedge_runtime.invariance import is_batch_invariant
+from gptedge_runtime.invariance import is_batch_invariant, is_step_invariant
 from gptedge_runtime.session import Session, Step
 
 
@@ -29,17 +29,22 @@ def some_steps_by_one_bit(monkeypatch: pytest.MonkeyPatch, which: Callable[[Step
     monkeypatch.setattr(Step, "run", run)
 
 
-@pytest.mark.parametrize("which", [lambda step: step.logits.shape[1] > 1, lambda step: len(step.logits) > 1])
-def test_one_other_bit_of_a_longer_step_or_a_batch_is_seen(
-    gpt: GPT, which: Callable[[Step], bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    some_steps_by_one_bit(monkeypatch, which)
+@pytest.mark.parametrize("n_tokens", [2, 16])
+def test_one_other_bit_of_a_longer_step_is_seen(gpt: GPT, n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_steps_by_one_bit(monkeypatch, lambda step: step.logits.shape[1] > 1)
+    assert not is_step_invariant(gpt._session, n_tokens)
+    assert not gpt._session.is_batch_invariant
+
+
+def test_one_other_bit_of_a_batch_is_seen(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_steps_by_one_bit(monkeypatch, lambda step: len(step.logits) > 1)
     assert not is_batch_invariant(gpt._session)
 
 
 def test_rows_of_4_bits_have_the_same_bits_in_any_company(bundles: Path) -> None:
     """Whatever the processor's kernels do: the graph gives them one row at a time."""
     with load(bundles / "int4") as gpt:
+        assert all(is_step_invariant(gpt._session, n_tokens) for n_tokens in range(2, 17))
         assert is_batch_invariant(gpt._session)
 
 
@@ -69,5 +74,4 @@ def test_a_batch_of_an_invariant_session_runs_in_one(gpt: GPT, monkeypatch: pyte
 
 def test_a_context_too_short_to_tell_tells_nothing(bundles: Path) -> None:
     with load(bundles / "odd") as odd:
-        assert odd.config.context_length < 9
-        assert not is_batch_invariant(odd._session)
+        assert not is_step_invariant(odd._session, odd.config.context_length)

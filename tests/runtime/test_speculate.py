@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gptedge_runtime import GPT, InputError, Sampling, load
+from gptedge_runtime import GPT, InputError, Sampling, load, speculate
 from gptedge_runtime.generate import count_steps, generate
-from gptedge_runtime.session import Step
-from gptedge_runtime.speculate import NGRAM, Lookup, is_close
+from gptedge_runtime.session import Cache, Step
+from gptedge_runtime.speculate import SHORT, Lookup, is_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +87,10 @@ def test_ids_are_those_of_plain_steps(
         (n_steps,) = count_steps([len(prompt)], count, gpt.config.context_length, on_overflow)
     except InputError:
         return
-    assert run(gpt, prompt, n_steps, speculate=True) == run(gpt, prompt, n_steps, speculate=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculate, "SHORT_FROM_S", 0)  # also models as small as these
+        with_drafts = run(gpt, prompt, n_steps, speculate=True)
+    assert with_drafts == run(gpt, prompt, n_steps, speculate=False)
 
 
 @pytest.mark.parametrize("room", range(4))
@@ -116,12 +119,60 @@ def test_int8_drafts_where_a_step_of_several_tokens_has_the_bits_of_plain_ones(
 ) -> None:
     """The drafts are right ones, so that each that is read saves a step."""
     prompt = [1, 2, 3, 4]
-    monkeypatch.setattr(models["int8"]._session, "is_batch_invariant", invariant)
+    monkeypatch.setattr(models["int8"]._session, "is_step_invariant", lambda n_tokens: invariant)
     ids = prompt + run(models["int8"], prompt, 32, speculate=False)
     plain_runs = count_runs()
     monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
     assert run(models["int8"], prompt, 16, speculate=True) == ids[4:20]
     assert (count_runs() - plain_runs < 15) == invariant
+
+
+@pytest.mark.parametrize(("name", "is_drafted"), [("int8", True), ("int4", False), ("tiny", False)])
+def test_short_drafts_are_made_at_int8(
+    models: Models, name: str, is_drafted: bool, count_runs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
+    monkeypatch.setattr(models[name]._session, "is_step_invariant", lambda n_tokens: True)
+    ids = [1, 2, 3, 4, *run(models[name], [1, 2, 3, 4], 24, speculate=False)]
+    plain_runs = count_runs()
+    right = lambda lookup, count: ids[len(lookup._row) :][:count] if lookup._ngram == SHORT.ngram else []  # noqa: E731
+    monkeypatch.setattr(Lookup, "draft", right)
+    assert run(models[name], [1, 2, 3, 4], 21, speculate=True) == ids[4:25]
+    assert count_runs() - plain_runs == (11 if is_drafted else 20)  # a plain one, then two tokens a step
+
+
+def test_steps_grow_while_all_drafts_stay(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [1, 2, 3, 4, *run(models["demo"], [1, 2, 3, 4], 80, speculate=False)]
+    sizes: list[int] = []
+    original = Cache.decode
+
+    def spy(cache: Cache, next_ids: Any, should_stop: Any, drafts: Any = ()) -> None:
+        sizes.append(1 + len(drafts))
+        original(cache, next_ids, should_stop, drafts)
+
+    monkeypatch.setattr(Cache, "decode", spy)
+    monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
+    assert run(models["demo"], [1, 2, 3, 4], 50, speculate=True) == ids[4:54]
+    assert sizes[:5] == [1, 4, 8, 16, 16]
+
+
+def test_wrong_drafts_come_again_when_plain_steps_have_earned_them(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step with a draft costs two plain ones here: one is lost, which takes 128 to earn."""
+    monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
+    monkeypatch.setattr(Cache, "cost", lambda cache, n_tokens: 2.0)
+    monkeypatch.setattr(models["long"]._session, "is_step_invariant", lambda n_tokens: True)
+    plain = run(models["long"], [1, 2], 140, speculate=False)
+    drafted: list[int] = []
+
+    def wrong(lookup: Lookup, count: int) -> list[int]:
+        drafted.append(len(lookup._row))
+        return [(plain[len(lookup._row) - 2] + 1) % 256] * count
+
+    monkeypatch.setattr(Lookup, "draft", lambda lookup, count: [] if count > 1 else wrong(lookup, count))
+    assert run(models["long"], [1, 2], 140, speculate=True) == plain
+    assert drafted == [4, 133]
 
 
 def test_a_choice_that_rounding_decides_is_read_again(
@@ -155,17 +206,17 @@ def test_a_stop_between_tokens_of_one_step_is_heard(models: Models, count: int) 
     assert new_ids == run(models["demo"], prompt, count, speculate=False)
 
 
-@given(text=repetitive, n_before=st.integers(0, 12), count=st.integers(1, 20))
-def test_drafts_are_what_followed_the_last_ngram(text: list[int], n_before: int, count: int) -> None:
+@given(text=repetitive, n_before=st.integers(0, 12), size=st.sampled_from([3, 12]), count=st.integers(1, 20))
+def test_drafts_are_what_followed_the_last_ngram(text: list[int], n_before: int, size: int, count: int) -> None:
     row = text[:n_before]
-    lookup = Lookup(row)
+    lookup = Lookup(row, size)
     if n_before < len(text):
         lookup.draft(1)
     row += text[n_before:]
-    ngram = row[-NGRAM:]
-    places = [place for place in range(NGRAM, len(row)) if row[place - NGRAM : place] == ngram]
+    ngram = row[-size:]
+    places = [place for place in range(size, len(row)) if row[place - size : place] == ngram]
     drafts = lookup.draft(count)
-    if len(row) > NGRAM and places:
+    if len(row) > size and places:
         period = len(row) - places[-1]
         assert drafts == [row[places[-1] + i % period] for i in range(count)]
     else:
