@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
 LONG = Kind(12, (4, 8, 16), 8)  # behind shorter ones text often goes on otherwise, which so many drafts do not bear
 SHORT = Kind(3, (2,), 1)
-SHORT_FROM_S = 0.001  # of a plain step: two tokens take smaller models nearly twice as long, and they feel each look
+SHORT_FROM_S = 0.001  # of a plain step: two tokens take the demo model 1.6 times as long, and it feels each look
 EARNED = 1 / 128  # of a step's time, which each step allows drafts of a kind to lose
 MAX_CREDIT = 8.0
 
