@@ -42,6 +42,8 @@ class Session:
     """Whether greedy rows of a batch get the ids that they get alone."""
     places_are_positions = False
     """Whether the graph keeps a token in the cache at its position, and not behind the tokens before it."""
+    n_steps = 0
+    """Decode steps so far."""
     why_not_cuda: str | None = None
     """Why ``auto`` took the CPU for this bundle where there is a GPU."""
 
@@ -324,6 +326,7 @@ class Step:
         else:
             self._session.run(self._binding)
         self.least_s = min(self.least_s, time.perf_counter() - started)
+        self._session.n_steps += 1
 
 
 def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids, past: int = 0) -> dict[str, NDArray[Any]]:

@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 LONG = Kind(12, (4, 8, 16), 8)  # behind shorter ones text often goes on otherwise, which so many drafts do not bear
 SHORT = Kind(3, (2,), 1)
 SHORT_FROM_S = 0.001  # of a plain step: two tokens take the demo model 1.6 times as long, and it feels each look
+SHORT_FROM_STEPS = 256  # of the session: trying out the bits takes as long as about eight, then at most 3 % of its time
 EARNED = 1 / 128  # of a step's time, which each step allows drafts of a kind to lose
 MAX_CREDIT = 8.0
 
@@ -39,7 +40,7 @@ class Speculation:
         self._session = session
         self._cache = cache
         self._row = row  # the caller appends to it
-        kinds = (LONG, SHORT) if session.precision == "int8" else (LONG,)
+        kinds = (LONG, SHORT) if session.precision == "int8" and not session.rounds_finely else (LONG,)
         self._drafters = [Drafter(row, kind) for kind in kinds]
         self._drafter = self._drafters[0]  # who made the drafts
         self._look_at = self._drafter.look_at
@@ -62,7 +63,8 @@ class Speculation:
 
     def _look(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
         """Make a step with drafts, or a plain one."""
-        drafters = self._drafters if self._cache.plain_step_s > SHORT_FROM_S else self._drafters[:1]
+        pays = self._cache.plain_step_s > SHORT_FROM_S and self._session.n_steps >= SHORT_FROM_STEPS
+        drafters = self._drafters if pays else self._drafters[:1]
         self._drafts = self._draft(drafters)
         self._look_at = min(drafter.look_at for drafter in drafters)
         self._cache.decode(next_ids, should_stop, self._drafts)
@@ -102,7 +104,7 @@ class Drafter:
     """Makes drafts of one kind on credit, counted in plain steps.
 
     Tokens gained add to it, the time of steps with drafts takes from it, so that text in which all are wrong loses at
-    most ``EARNED`` of its time and one step.
+    most ``EARNED`` of its time and one step with drafts.
     """
 
     def __init__(self, row: list[int], kind: Kind) -> None:

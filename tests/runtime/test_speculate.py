@@ -89,6 +89,7 @@ def test_ids_are_those_of_plain_steps(
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculate, "SHORT_FROM_S", 0)  # also models as small as these
+        patch.setattr(speculate, "SHORT_FROM_STEPS", 0)
         with_drafts = run(gpt, prompt, n_steps, speculate=True)
     assert with_drafts == run(gpt, prompt, n_steps, speculate=False)
 
@@ -132,6 +133,7 @@ def test_short_drafts_are_made_at_int8(
     models: Models, name: str, is_drafted: bool, count_runs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
+    monkeypatch.setattr(speculate, "SHORT_FROM_STEPS", 0)
     monkeypatch.setattr(models[name]._session, "is_step_invariant", lambda n_tokens: True)
     ids = [1, 2, 3, 4, *run(models[name], [1, 2, 3, 4], 24, speculate=False)]
     plain_runs = count_runs()
@@ -139,6 +141,25 @@ def test_short_drafts_are_made_at_int8(
     monkeypatch.setattr(Lookup, "draft", right)
     assert run(models[name], [1, 2, 3, 4], 21, speculate=True) == ids[4:25]
     assert count_runs() - plain_runs == (11 if is_drafted else 20)  # a plain one, then two tokens a step
+
+
+def test_short_drafts_are_tried_out_once_a_session_has_made_steps_enough(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
+    monkeypatch.setattr(speculate, "SHORT_FROM_STEPS", 40)
+    monkeypatch.setattr(Lookup, "draft", lambda lookup, count: [0] if count == 1 else [])
+    tried: list[int] = []
+    with load(bundles / "int8") as gpt:
+
+        def try_out(n_tokens: int) -> bool:
+            tried.append(gpt._session.n_steps)
+            return False
+
+        monkeypatch.setattr(gpt._session, "is_step_invariant", try_out)
+        for _ in range(3):
+            run(gpt, [1, 2, 3, 4], 21, speculate=True)
+    assert tried[0] >= 40
 
 
 def test_steps_grow_while_all_drafts_stay(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +182,7 @@ def test_wrong_drafts_come_again_when_plain_steps_have_earned_them(
 ) -> None:
     """A step with a draft costs two plain ones here: one is lost, which takes 128 to earn."""
     monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
+    monkeypatch.setattr(speculate, "SHORT_FROM_STEPS", 0)
     monkeypatch.setattr(Cache, "cost", lambda cache, n_tokens: 2.0)
     monkeypatch.setattr(models["long"]._session, "is_step_invariant", lambda n_tokens: True)
     plain = run(models["long"], [1, 2], 140, speculate=False)
