@@ -129,6 +129,9 @@ def store_rows(graph: ir.Model, weights: dict[bytes, Blocks]) -> None:
     bound = ops.Where(ops.Cast(is_exact, to=ir.DataType.BOOL), activation_max, ops.Min(activation_max, np.float32(63)))
     graph.graph.insert_before(graph.graph[0], list(ops.nodes))
     graph.graph.outputs.append(is_exact)
+    for node in list(graph.graph):
+        unread = [value for value in node.outputs if not value.uses() and not value.is_graph_output()]
+        node.append([ir.node("Shape", [value]) for value in unread])  # else onnxruntime keeps them to a run's end
     store_blocks(graph, weights, partial(_multiply_rows, activation_max=bound))
 
 

@@ -129,6 +129,16 @@ def test_the_weights_are_stored_once(tmp_path: Path) -> None:
     assert save(graphs, tmp_path / "both") < 1.05 * alone
 
 
+def test_attention_lets_go_of_all_that_it_makes() -> None:
+    """ONNX Runtime frees a value behind the last node that reads it, and at the end of a run if there is none."""
+    graph = make(random_prepared(CONFIGS["heads filled up"]))["prefill"].graph
+    attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert attention
+    for node in attention:
+        position = list(graph).index(node)
+        assert all({graph[position + 1], graph[position + 2]} & set(value.consumers()) for value in node.outputs[1:])
+
+
 @pytest.mark.parametrize("activation_max", [63, 127])
 def test_rows_are_rounded_by_themselves_and_zeros_stay_zeros(activation_max: int) -> None:
     x = torch.tensor([[1.0, -0.25, 0.0], [100.0, 1.0, -25.0], [0.0, 0.0, 0.0]])
