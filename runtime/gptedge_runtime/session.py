@@ -16,7 +16,7 @@ from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
 from .huge_pages import huge_pages
 from .invariance import is_batch_invariant, is_step_invariant
-from .limits import POLL_S, ShouldStop, in_worker, never, until
+from .limits import ShouldStop, in_worker, never, until
 from .mapped import let_go
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 from .prefill import GRAPH, MIN_TOKENS, Prefill
@@ -26,6 +26,7 @@ Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 MOST_ROWS = 16  # of a kernel's input at which its bits are tried out: a batch's rows, as a step's tokens
+SHORT_STEP_S = 0.1  # in which no stop is heard: one in a worker takes 2 ms longer
 FORWARD_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 
 
@@ -321,7 +322,7 @@ class Step:
             self._last[row] = place + n_drafts
         self._total[0] = max(places) + 1 + n_drafts
         started = time.perf_counter()
-        if self.least_s > POLL_S or self._session.timeout_s is not None:
+        if self.least_s > SHORT_STEP_S or self._session.timeout_s is not None:
             self._session.run_long(self._binding, should_stop)
         else:
             self._session.run(self._binding)
