@@ -1,5 +1,8 @@
 """Token ids and logits against the eager model's (see tests/make_bundles.py)."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +173,19 @@ def test_sixteen_threads_on_one_gpt_give_the_same_bits_as_one(tiny: GPT, eager: 
         for (ids, rows), (new, logits) in zip(jobs[worker::16], results, strict=True):
             assert new == tiny.generate_ids(ids, max_new_tokens=40)
             np.testing.assert_array_equal(logits, tiny.logits(rows))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_reads_on_though_threads_stay_behind(bundles: Path) -> None:
+    code = (
+        "import os, sys, gptedge_runtime as runtime\n"
+        "def ids(): return runtime.load(sys.argv[1]).generate_ids([1, 2, 3], max_new_tokens=4)\n"
+        "before, child = ids(), os.fork()\n"
+        "code = ids() != before if child == 0 else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        "sys.exit(int(code))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(bundles / "tiny")]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0
 
 
 def test_should_stop_ends_the_loop_and_leaves_what_was_made(tiny: GPT, eager: Any) -> None:
