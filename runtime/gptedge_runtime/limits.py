@@ -43,7 +43,7 @@ class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error
 
 @cache
 def _workers(_process: int) -> ThreadPoolExecutor:
-    """Threads that are kept, since a new one takes 2 ms longer for a run; a forked process has none of them."""
+    """Threads that are kept, since a run takes longer in a new one; a forked process has none of them."""
     return ThreadPoolExecutor(max_workers=MOST_RUNS, thread_name_prefix="gptedge")
 
 

@@ -26,7 +26,7 @@ Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 MOST_ROWS = 16  # of a kernel's input at which its bits are tried out: a batch's rows, as a step's tokens
-SHORT_STEP_S = 0.1  # in which no stop is heard: one in a worker takes 2 ms longer
+SHORT_STEP_S = 0.1  # in which no stop is heard: a worker hears it, and takes longer
 FORWARD_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 
 
