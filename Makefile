@@ -8,11 +8,11 @@ demo: install  ## export the demo model and let it tell a story
 	$(BIN)/export-onnx demo -o build/demo --force
 	$(BIN)/gptedge generate build/demo "One windy day, Leo" -n 200
 
-test: install lint bundles  ## linters, types, import contract, all tests, in two processes
+# Asked for together, also with -j: hosts before test, and test before wheel-test.
+test: install lint bundles $(filter hosts,$(MAKECMDGOALS))  ## linters, types, import contract, all tests, in two processes
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Asked for together, also with -j: hosts, then test, then wheel-test. What is installed changes under neither.
-lint: install $(filter hosts,$(MAKECMDGOALS))
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,11 +32,11 @@ bundles: install  ## what the tests read, made once for all that run
 wheel-test: install bundles $(filter test,$(MAKECMDGOALS))  ## the runtime's tests but the longest against the built wheel and the oldest onnxruntime, without PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
-	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout hypothesis
+	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout pytest-xdist hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
-	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime -k "not ten_thousand_rows"
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q -n 2 --dist loadfile tests/runtime -k "not ten_thousand_rows"
 	build/wheel-venv/bin/pip install -q --disable-pip-version-check "onnxruntime==1.23.*; python_version < '3.14'"
-	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q tests/runtime/test_bundle.py tests/runtime/test_generate.py tests/runtime/test_session.py -k "not int8 and not int4"
+	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q -n 2 --dist loadfile tests/runtime/test_bundle.py tests/runtime/test_generate.py tests/runtime/test_session.py -k "not int8 and not int4"
 
 cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
 	$(PYTHON) -m venv --clear build/cuda-venv

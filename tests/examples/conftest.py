@@ -3,8 +3,6 @@
 Set GPTEDGE_REQUIRE_HOSTS=1 and it is a failure instead. `make hosts` installs them all.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -13,7 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,14 +23,7 @@ import torch
 from gptedge_export import Vocabulary, export_bundle, load_vocabulary
 from gptedge_models import GPTConfig, GPTModel, generate_text_simple
 from gptedge_runtime.web import Server, Site
-
-with suppress(ImportError):  # the fixture `launch` says that it is missing
-    from playwright.sync_api import (  # type: ignore[import-not-found,unused-ignore]
-        Browser,
-        Page,
-        expect,
-        sync_playwright,
-    )
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -177,7 +168,6 @@ def ort_dist(need: Need) -> Path:
 @pytest.fixture(scope="session")
 def launch(need: Need) -> Iterator[Callable[..., Browser]]:
     """Start Chromium with more flags; no request of its own leaves the machine."""
-    need("playwright", spec.origin if (spec := find_spec("playwright")) else None)
     program = need("Chromium", os.environ.get("CHROMIUM"), "/usr/bin/chromium")
     with sync_playwright() as playwright:
         yield lambda *flags: playwright.chromium.launch(executable_path=program, args=[*CHROMIUM_FLAGS, *flags])

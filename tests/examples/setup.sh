@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests of the examples need: setup.sh [PYTHON], where PYTHON is of the environment that runs pytest.
+# Install what the tests of the examples need beside Python packages: setup.sh [PYTHON], which makes the environments.
 # npm packages, Chromium and the C header (Debian), and environments of their own: onnxruntime-genai and optimum; Triton.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,8 +10,6 @@ for folder in examples/node examples/web tests/examples; do
   npm ci --prefix "$folder" --no-audit --no-fund
   cp "$folder/package-lock.json" "$folder/node_modules/.installed"
 done
-
-"$python" -m pip install -q --disable-pip-version-check "playwright>=1.60,<2"
 
 if ! command -v chromium > /dev/null && [ "$(id -u)" = 0 ]; then
   apt-get update -qq

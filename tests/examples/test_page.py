@@ -1,13 +1,10 @@
 """The page of `gptedge web` in a real Chromium: clicks and keys, what it shows, what it refuses, what it asks for."""
 
-from __future__ import annotations
-
 import functools
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -17,11 +14,9 @@ import pytest
 from gptedge_runtime import GPT, load
 from gptedge_runtime.bundle import open_bundle
 from gptedge_runtime.web import site, write_site
+from playwright.sync_api import Browser, Page, expect
 
 from .conftest import PAGE_TIMEOUT_MS, Task, serving, write_in_page
-
-with suppress(ImportError):  # the fixture `launch` says that it is missing
-    from playwright.sync_api import Browser, Page, expect  # type: ignore[import-not-found,unused-ignore]
 
 COMMAND = Path(sys.executable).parent / "gptedge"
 PROMPT = "I ❤️ 😀 👩‍🚀"
