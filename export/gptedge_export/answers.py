@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .classifier import is_classifier
 from .precision import BITS, Prepared
-from .verify import ATOL, RTOL
+from .verify import ATOL, RTOL, Eager
 
 MAX_NEW_TOKENS = 8
 SLACK, ROUNDED_SLACK = 4, 2
@@ -105,7 +105,9 @@ def _answer(prepared: Prepared, prompt: list[int]) -> tuple[dict[str, Any], floa
         ids.append(int(indices[0]))
         logits = _last(model, ids)
         slack = _slack(prepared, ids, logits)
-    sample = [*np.unique(np.linspace(0, len(first) - 1, 16).astype(int)).tolist(), int(first.argmax())]
+    _, rough = Eager(model, prepared.rough_head)(np.array([prompt]), len(prompt) - 1)
+    some = np.linspace(0, len(first) - 1, 16).astype(int) if rough is None else rough[0, 0].argsort()[-16:]
+    sample = [*np.unique(some).tolist(), int(first.argmax())]
     answer = {
         "token_ids": prompt,
         "new_token_ids": ids[len(prompt) :],

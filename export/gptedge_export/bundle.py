@@ -26,6 +26,7 @@ from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .reshapes import drop_reshapes
 from .rows import compute_by_row
+from .shortlist import look_twice
 from .trace import GRAPHS, trace
 from .verify import Check, verify, verify_prefill
 from .vocabulary import Vocabulary
@@ -116,7 +117,9 @@ def export_bundle(
         wanted = [name for name in GRAPHS if optional.get(name, True)]
         graphs = _write_graphs(prepared, folder, wanted, precision, opset, progress)
         with prepared.as_computed():
-            checks = verify(prepared.model, folder, precision=precision, progress=progress)
+            checks = verify(
+                prepared.model, folder, precision=precision, rough_head=prepared.rough_head, progress=progress
+            )
         if "prefill" in graphs:
             checks += verify_prefill(prepared, folder, precision=precision, progress=progress)
         answers = known_answers(prepared, precision)
@@ -158,6 +161,8 @@ def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir
         compute_by_row(graph, model.config.emb_dim)
     elif name == "decode" and precision == "int8":
         drop_reshapes(graph)
+    if name == "decode" and prepared.rough_head is not None:
+        look_twice(graph, prepared.rough_head)
     return graph
 
 

@@ -39,7 +39,7 @@ class Prepared:
     With ``int8_cache`` keys and values are whole numbers of 8 bits, in ``model`` as in the graphs.
     Within ``as_computed()`` the model rounds whatever else the graphs' kernels round; ``as_computed(n, m)`` has the
     first n tokens read by ``prefill.onnx`` with an ``activation_max`` of m. ``store_prefill`` puts the weights into
-    that, where this precision has one.
+    that, where this precision has one. ``rough_head`` is what ``decode.onnx`` looks at before ``out_head``, if it does.
     """
 
     model: GPTModel
@@ -47,6 +47,7 @@ class Prepared:
     store: Callable[[ir.Model], None]
     as_computed: Callable[..., AbstractContextManager[None]]
     store_prefill: Callable[[ir.Model], None] | None = None
+    rough_head: Blocks | None = None
 
 
 def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, progress: bool) -> Prepared:
@@ -63,7 +64,7 @@ def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, 
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
     store = partial(store_blocks, weights=table, multiply=_multiply)
     by_row = partial(store_rows, weights=table) if BITS[precision] == PREFILL_BITS else None
-    return Prepared(quantised.model, True, store, quantised.as_computed, by_row)
+    return Prepared(quantised.model, True, store, quantised.as_computed, by_row, quantised.rough_head)
 
 
 def _to_half(model: GPTModel, precision: str) -> GPTModel:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .blocks import Blocks, in_blocks, round_activations, round_by_inputs, round_cache, round_rows, round_to_nearest
+from .shortlist import MIN_WEIGHTS, ROUGH_BITS
 
 TABLE_BITS = 8
 """Of the token table at each precision: a row is read for each token, so it costs size and no speed."""
@@ -26,13 +27,15 @@ Run = Callable[[Tensor], Tensor]
 class Quantised:
     """``model`` has the rounded weights; ``weights`` are the same as integers, layers of one input joined.
 
-    The keys and values that ``model`` computes are whole numbers of 8 bits.
+    The keys and values that ``model`` computes are whole numbers of 8 bits. ``rough_head`` is the head once more, where
+    ``decode.onnx`` looks at it twice.
     """
 
     model: GPTModel
     bits: int
     head_bits: int
     weights: list[Blocks]
+    rough_head: Blocks | None
 
     @contextlib.contextmanager
     def as_computed(self, n_prefilled: int = 0, activation_max: int = 127) -> Iterator[None]:
@@ -55,7 +58,10 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     rounded blocks before it pass them on, so that it can mend their errors.
     """
     tied = torch.equal(model.tok_emb.weight, model.out_head.weight)
-    rounded = Quantised(copy.deepcopy(model).eval(), bits, TABLE_BITS if tied else bits, [])
+    head_bits, head = TABLE_BITS if tied else bits, model.out_head.weight
+    is_looked_at_twice = head_bits > ROUGH_BITS and head.numel() >= MIN_WEIGHTS
+    rough_head = round_to_nearest(head, ROUGH_BITS) if is_looked_at_twice else None
+    rounded = Quantised(copy.deepcopy(model).eval(), bits, head_bits, [], rough_head)
     model = rounded.model
     model.out_head.weight = nn.Parameter(model.out_head.weight.clone())  # it may be the table itself
     table = round_to_nearest(model.tok_emb.weight, TABLE_BITS)

@@ -28,6 +28,7 @@ from .session import Session
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
 _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "bf16": 4.0, "int8": 1 + 8 / 64, "int4": 1 / 2 + 8 / 256}
+_LARGE_HEAD = 1 << 24  # weights, from which on the export has a head of 8 bits looked at by 4
 _CACHE_BYTES = {"fp32": 4, "fp16": 4, "bf16": 4, "int8": 1, "int4": 1}
 
 
@@ -177,13 +178,15 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
 
     Computed from the model's sizes: 12 D^2 weights a layer and the output head, each at its precision, with a float32
     scale and a float32 sum, which onnxruntime adds, for each 64 weights of int8 and 256 of int4 (fewer in narrow
-    layers); float16 and bfloat16 weights are float32 in memory. A head that is tied to the token table has 8 bits at
-    int4, too, and is counted as if it had 4.
-    Left out are the embedding tables, of which a step reads one line each, and norms and biases, under 0.1 %.
+    layers); float16 and bfloat16 weights are float32 in memory. Of a large head of int8 it reads 4 bits. A small head
+    that is tied to the token table has 8 bits at int4, too, and is counted as if it had 4.
+    Left out are single rows, of the embedding tables and of such a large head, and norms and biases, under 0.1 %.
     """
-    weights = model.n_layers * 12 * model.emb_dim**2 + model.emb_dim * model.n_outputs
+    weights, head = model.n_layers * 12 * model.emb_dim**2, model.emb_dim * model.n_outputs
+    head_precision = "int4" if precision == "int8" and head >= _LARGE_HEAD else precision
+    read = weights * _WEIGHT_BYTES[precision] + head * _WEIGHT_BYTES[head_precision]
     cached = 2 * model.n_layers * model.n_heads * model.cache_width * _CACHE_BYTES[precision]
-    return (weights * _WEIGHT_BYTES[precision] + batch * length * cached) / 1e6
+    return (read + batch * length * cached) / 1e6
 
 
 def _read_gb_per_s(threads: int) -> float:
