@@ -10,7 +10,8 @@ from gptedge_models import GPTConfig, GPTModel, generate_text_simple
 from gptedge_models.stories import stories
 
 from .errors import ExportError, ParityError
-from .verify import ACTIVATION_MAX, Array, Graph, behind_prompt, eager_logits, generated
+from .graph_run import Array, Graph
+from .verify import ACTIVATION_MAX, behind_prompt, eager_logits, generated
 from .vocabulary import Vocabulary
 
 N_TOKENS = 8192

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from gptedge_models import GPTModel
+from gptedge_runtime.bench import LARGE_HEAD
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .blocks import Blocks, in_blocks, round_activations, round_by_inputs, round_cache, round_rows, round_to_nearest
-from .shortlist import MIN_WEIGHTS, ROUGH_BITS
+from .shortlist import ROUGH_BITS
 
 TABLE_BITS = 8
 """Of the token table at each precision: a row is read for each token, so it costs size and no speed."""
@@ -59,7 +60,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
     """
     tied = torch.equal(model.tok_emb.weight, model.out_head.weight)
     head_bits, head = TABLE_BITS if tied else bits, model.out_head.weight
-    is_looked_at_twice = head_bits > ROUGH_BITS and head.numel() >= MIN_WEIGHTS
+    is_looked_at_twice = head_bits > ROUGH_BITS and head.numel() >= LARGE_HEAD
     rough_head = round_to_nearest(head, ROUGH_BITS) if is_looked_at_twice else None
     rounded = Quantised(copy.deepcopy(model).eval(), bits, head_bits, [], rough_head)
     model = rounded.model

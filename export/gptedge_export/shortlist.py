@@ -20,9 +20,6 @@ ROUGH_BITS = 4
 N_BEST = 64
 """How many tokens have logits of 8 bits: the best by 4 bits."""
 
-MIN_WEIGHTS = 1 << 24
-"""Of a head: for the demo's, a hundredth of that, the operators around it would take longer than they spare."""
-
 
 def look_twice(model: ir.Model, rough: Blocks) -> None:
     """Let the head, the last node with integers, compute the logits of all tokens by ``rough``, the best by its own.

@@ -28,7 +28,7 @@ from .session import Session
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
 _WEIGHT_BYTES = {"fp32": 4.0, "fp16": 4.0, "bf16": 4.0, "int8": 1 + 8 / 64, "int4": 1 / 2 + 8 / 256}
-_LARGE_HEAD = 1 << 24  # weights, from which on the export has a head of 8 bits looked at by 4
+LARGE_HEAD = 1 << 24  # weights, from which on decode.onnx reads 4 bits of a head of 8, and all 8 of single rows
 _CACHE_BYTES = {"fp32": 4, "fp16": 4, "bf16": 4, "int8": 1, "int4": 1}
 
 
@@ -183,7 +183,7 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
     Left out are single rows, of the embedding tables and of such a large head, and norms and biases, under 0.1 %.
     """
     weights, head = model.n_layers * 12 * model.emb_dim**2, model.emb_dim * model.n_outputs
-    head_precision = "int4" if precision == "int8" and head >= _LARGE_HEAD else precision
+    head_precision = "int4" if precision == "int8" and head >= LARGE_HEAD else precision
     read = weights * _WEIGHT_BYTES[precision] + head * _WEIGHT_BYTES[head_precision]
     cached = 2 * model.n_layers * model.n_heads * model.cache_width * _CACHE_BYTES[precision]
     return (read + batch * length * cached) / 1e6

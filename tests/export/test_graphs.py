@@ -7,7 +7,8 @@ import onnx
 import pytest
 import torch
 from gptedge_export import Vocabulary, export_bundle
-from gptedge_export.verify import ATOL, RTOL, Graph
+from gptedge_export.graph_run import Graph
+from gptedge_export.verify import ATOL, RTOL
 from gptedge_models import GPTConfig, GPTModel
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st

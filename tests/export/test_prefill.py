@@ -10,10 +10,11 @@ import torch
 from gptedge_export import weights
 from gptedge_export.blocks import round_rows
 from gptedge_export.errors import ParityError
+from gptedge_export.graph_run import Graph
 from gptedge_export.precision import Prepared, prepare
 from gptedge_export.reshapes import drop_reshapes
 from gptedge_export.trace import trace
-from gptedge_export.verify import Graph, verify_prefill
+from gptedge_export.verify import verify_prefill
 from gptedge_models import GPTConfig, GPTModel
 from numpy.typing import NDArray
 from torch import nn

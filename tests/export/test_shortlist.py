@@ -12,9 +12,10 @@ from gptedge_export import export_bundle, load_vocabulary, weights
 from gptedge_export.blocks import Blocks
 from gptedge_export.bundle import _make_graph
 from gptedge_export.errors import ParityError
+from gptedge_export.graph_run import Graph
 from gptedge_export.precision import Prepared, prepare
 from gptedge_export.shortlist import N_BEST, look_twice
-from gptedge_export.verify import Eager, Graph
+from gptedge_export.verify import Eager
 from gptedge_models import GPTConfig, GPTModel
 from gptedge_runtime import load
 from gptedge_runtime.verify import verify
@@ -26,7 +27,7 @@ IDS = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(3, 12))
 
 @pytest.fixture
 def any_head_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptedge_export.quantise.MIN_WEIGHTS", 1)
+    monkeypatch.setattr("gptedge_export.quantise.LARGE_HEAD", 1)
 
 
 def make_model(config: GPTConfig = CONFIG, *, tied: bool = False) -> GPTModel:
@@ -44,7 +45,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = replace(CONFIG, emb_dim=315, n_heads=5) if "filled up" in request.param else CONFIG
     model = make_model(config, tied="tied" in request.param)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptedge_export.quantise.MIN_WEIGHTS", 1)
+        patch.setattr("gptedge_export.quantise.LARGE_HEAD", 1)
         prepared = prepare(model, precision, [IDS[0].tolist()], progress=False)
     graph = _make_graph(prepared, "decode", precision, 18 if "opset 18" in request.param else 20)
     (folder / "onnx").mkdir()
