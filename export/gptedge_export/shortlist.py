@@ -34,20 +34,20 @@ def look_twice(model: ir.Model, rough: Blocks) -> None:
         name = f"{head.name}.rough_{part}"
         weights.append(ir.val(name, const_value=ir.tensor(tensor, name=name)))
         graph.register_initializer(weights[-1])
-    size, ops = rough.integers.shape[2], Ops()
-    attributes = {"K": rough.width, "N": len(rough.integers), "bits": ROUGH_BITS, "block_size": size}
+    width, ops = rough.width, Ops()
+    attributes = {"K": width, "N": len(rough.integers), "bits": ROUGH_BITS, "block_size": rough.integers.shape[2]}
     attributes["accuracy_level"] = 4
-    x = ops.Reshape(given, [-1, rough.width])  # (R, D)
-    logits = ops.op("MatMulNBits", [x, *weights], attributes, domain="com.microsoft", version=1)  # (R, V)
+    logits = ops.op("MatMulNBits", [given, *weights], attributes, domain="com.microsoft", version=1)  # (..., V)
     count = ops.Constant(value=ir.tensor(np.array([N_BEST])))
-    _, best = ops.op_multi_out("TopK", [logits, count], {"sorted": 0}, num_outputs=2)  # (R, k)
-    rows = ops.DequantizeLinear(ops.Gather(integers, best), np.float32(1), np.uint8(128))  # (R, k, n_blocks, size)
-    rows = ops.Reshape(ops.Mul(rows, ops.Unsqueeze(ops.Gather(scales, best), [-1])), [0, 0, -1])  # (R, k, K')
-    if rough.width % head.attributes["block_size"].as_int():
-        rows = ops.Slice(rows, [0], [rough.width], [2])  # (R, k, D)
-    exact = ops.Squeeze(ops.MatMul(rows, ops.Unsqueeze(x, [-1])), [-1])  # (R, k)
-    mixed = ops.ScatterElements(logits, best, exact, axis=-1)
-    ops.Reshape(mixed, ops.Concat(ops.Shape(given, end=-1), [-1], axis=0))  # (..., V)
+    _, best = ops.op_multi_out("TopK", [logits, count], {"sorted": 0}, num_outputs=2)  # (..., k)
+    rows = ops.DequantizeLinear(ops.Gather(integers, best), np.float32(1), np.uint8(128))  # (..., k, n_blocks, size)
+    rows = ops.Mul(rows, ops.Unsqueeze(ops.Gather(scales, best), [-1]))
+    filling = -width % head.attributes["block_size"].as_int()
+    rows = ops.Reshape(rows, [-1, N_BEST, width + filling])  # (R, k, K')
+    if filling:
+        rows = ops.Slice(rows, [0], [width], [2])  # (R, k, D)
+    exact = ops.MatMul(rows, ops.Reshape(given, [-1, width, 1]))  # (R, k, 1)
+    ops.ScatterElements(logits, best, ops.Reshape(exact, ops.Shape(best)), axis=-1)  # (..., V)
     old: Any = head.outputs[0]
     new = ops.nodes[-1].outputs[0]
     head.append(ops.nodes)
