@@ -197,9 +197,12 @@ class Cache:
         """Return the most likely id for each of these rows. Raises :class:`BundleError` where logits are not finite."""
         best = None if self._is_refilled else self._step.read_best_ids()
         if best is None:
-            logits = self.logits
-            ids = [int(logits[b].argmax()) for b in rows]
-            is_finite = all(isfinite(logits[b, i]) for b, i in zip(rows, ids, strict=True))  # argmax finds NaN and +inf
+            self._step.read_logits()
+            ids, is_finite = [], True
+            for b in rows:
+                logits = self._step.logits_of[b][self._n_accepted]
+                ids.append(int(logits.argmax()))
+                is_finite = is_finite and isfinite(logits.item(ids[-1]))  # argmax finds NaN and +inf
         else:
             ids = best[rows, self._n_accepted].tolist()
             is_finite = min(ids) >= 0
@@ -299,6 +302,7 @@ class Step:
         flat = [array.reshape(-1).data for array in self._feeds.values()]
         self._ids, self._positions, self._last, self._total, _ = flat
         self.logits = np.empty((batch, n_tokens, session.model.n_outputs), np.float32)
+        self.logits_of = [list(logits) for logits in self.logits]  # of a row's token (V,), the same memory
         self.least_s = np.inf
         self._binding = session.bind(self._feeds, key_values, self.logits)
 
