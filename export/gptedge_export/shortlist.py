@@ -47,9 +47,8 @@ def look_twice(model: ir.Model, rough: Blocks) -> None:
     if filling:
         rows = ops.Slice(rows, [0], [width], [2])  # (R, k, D)
     exact = ops.MatMul(rows, ops.Reshape(given, [-1, width, 1]))  # (R, k, 1)
-    ops.ScatterElements(logits, best, ops.Reshape(exact, ops.Shape(best)), axis=-1)  # (..., V)
+    new = ops.ScatterElements(logits, best, ops.Reshape(exact, ops.Shape(best)), axis=-1)  # (..., V)
     old: Any = head.outputs[0]
-    new = ops.nodes[-1].outputs[0]
     head.append(ops.nodes)
     if old.is_graph_output():
         new.name, new.dtype, new.shape = old.name, old.dtype, old.shape
