@@ -3,23 +3,50 @@
 import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import RLock
+
+from .huge_pages import Region
 
 _MADV_DONTNEED = 4  # madvise(2)
 
+opening = RLock()
+"""Held while a session is opened, so that none takes what another maps for its own."""
 
-def let_go(folder: Path) -> None:
-    """Drop from memory what was read of the folder's mapped files; what is read once more comes back by itself.
+
+@contextlib.contextmanager
+def newly_mapped(folder: Path) -> Iterator[list[Region]]:
+    """Yield a list that tells, at the end, where a session that is opened herein has mapped the folder's files.
+
+    They stay there as long as the session does. Behind that other memory may stand at these addresses.
+    """
+    with opening:
+        others, own = _regions(folder), list[Region]()
+        yield own
+        own += [r for r in _regions(folder) if all(r[1] <= start or end <= r[0] for start, end in others)]
+
+
+def let_go(regions: Sequence[Region]) -> None:
+    """Drop from memory what was read of mapped files; what is read once more comes back by itself.
 
     onnxruntime packs the weights of a graph's bodies as it opens it, and keeps the file that they came from mapped.
     Where the system is not Linux it drops such pages when memory is short.
     """
-    if sys.platform != "linux":
-        return
-    madvise = ctypes.CDLL(None).madvise
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
-            addresses, *_, path = line.split(maxsplit=5)
-            if Path(path).is_relative_to(folder.resolve()):
-                start, end = (int(address, 16) for address in addresses.split("-"))
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+    if regions:
+        madvise = ctypes.CDLL(None).madvise
+        for start, end in regions:
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def _regions(folder: Path) -> list[Region]:
+    """Return where this process has mapped the folder's files; nothing where the system is not Linux."""
+    found, folder = list[Region](), folder.resolve()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+                addresses, *_, path = line.split(maxsplit=5)
+                if Path(path).is_relative_to(folder):
+                    start, end = (int(address, 16) for address in addresses.split("-"))
+                    found.append((start, end))
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from .bundle import Bundle, GraphSpec, TensorSpec
 from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
+from .mapped import opening
 
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = Lock()
@@ -90,7 +91,7 @@ def open_graph(
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
     data = bundle.read(graph.path)
     try:
-        with attention_of_cache(any(tensor.dtype == "int8" for tensor in graph.inputs)):
+        with opening, attention_of_cache(any(tensor.dtype == "int8" for tensor in graph.inputs)):
             session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):

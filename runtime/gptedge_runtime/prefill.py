@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
 from .limits import ShouldStop, in_worker
+from .mapped import let_go, newly_mapped
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
 
 GRAPH = "prefill"
@@ -40,14 +41,20 @@ class Prefill:
         compare_graphs(f"{MANIFEST}: {graph.path}", graph, contract(bundle.model))
         self._ort = import_onnxruntime()
         self._names = bundle.model.cache_names
-        self._session = open_graph(bundle, graph, threads, packed=False, optimised=False)
+        with newly_mapped(bundle.folder) as self._weights:
+            self._session = open_graph(bundle, graph, threads, packed=False, optimised=False)
 
     def read(self, token_ids: Sequence[int], key_values: Sequence[NDArray[Any]], should_stop: ShouldStop) -> None:
         """Write keys and values of these ids to the beginning of (1, n_heads, capacity, width). Raises ``Stopped``."""
+
+        def stop() -> bool:
+            let_go(self._weights)  # what layers have read: memory need not hold it until the next part
+            return should_stop()
+
         end = 0
         for ids in np.array_split(np.array(token_ids, np.int64), -(-len(token_ids) // PART_TOKENS)):
             begin, end = end, end + len(ids)
-            present = self._run(ids, key_values, begin, should_stop)
+            present = self._run(ids, key_values, begin, stop)
             for buffer, array in zip(key_values, present, strict=True):
                 new = buffer[:, :, begin:end]
                 if array.shape != new.shape:  # onnxruntime does not hold a graph to its own shapes
@@ -55,6 +62,7 @@ class Prefill:
                         f"the graph {GRAPH} answers in another shape than it says: export the bundle again"
                     )
                 new[:] = array
+        let_go(self._weights)
 
     def _run(
         self, ids: NDArray[np.int64], key_values: Sequence[NDArray[Any]], n_past: int, should_stop: ShouldStop

@@ -17,7 +17,7 @@ from .errors import BundleError
 from .huge_pages import huge_pages
 from .invariance import is_batch_invariant, is_step_invariant
 from .limits import ShouldStop, in_worker, never, until
-from .mapped import let_go
+from .mapped import let_go, newly_mapped
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 from .prefill import GRAPH, MIN_TOKENS, Prefill
 
@@ -65,10 +65,10 @@ class Session:
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
-        with huge_pages():
+        with huge_pages(), newly_mapped(bundle.folder) as weights:
             session = open_graph(bundle, bundle.graphs["decode"], threads, packed=not exact)
         if not self.rounds_finely:
-            let_go(bundle.folder)
+            let_go(weights)
         return session
 
     def prefill_of(self, n_tokens: int) -> Prefill | None:

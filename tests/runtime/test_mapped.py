@@ -5,9 +5,14 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gptedge_runtime import load
-from gptedge_runtime.mapped import let_go
+from gptedge_runtime.bundle import open_bundle
+from gptedge_runtime.limits import never
+from gptedge_runtime.mapped import let_go, newly_mapped
+from gptedge_runtime.prefill import Prefill
+from gptedge_runtime.session import Session
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
@@ -18,24 +23,46 @@ def kilobytes_in_memory(path: Path) -> int:
     return sum(int(re.findall(r"^Rss: +(\d+)", block, re.MULTILINE)[0]) for block in blocks if str(path) in block)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_was_read_of_a_folders_files_leaves_memory_and_keeps_its_bytes(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "bundle" / "onnx" / "a b", tmp_path / "bundle2"
-    inside.parent.mkdir(parents=True)
-    maps = []
-    for path in (inside, outside):
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+
+
+@needs_proc
+def test_what_was_read_of_newly_mapped_files_leaves_memory_and_keeps_its_bytes(tmp_path: Path) -> None:
+    new, old, outside = paths = [tmp_path / name for name in ("bundle/onnx/a b", "bundle/onnx/old", "bundle2")]
+    new.parent.mkdir(parents=True)
+    for path in paths:
         path.write_bytes(CONTENT)
-        with path.open("rb") as file:
-            maps.append(mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE))
-    assert all(mapped[:] == CONTENT for mapped in maps)
-    let_go(tmp_path / "bundle")
-    assert [kilobytes_in_memory(path) for path in (inside, outside)] == [0, 1024]
-    assert maps[0][:] == CONTENT
+    maps = [mapped(old)]
+    with newly_mapped(tmp_path / "bundle") as regions:
+        maps += [mapped(new), mapped(outside)]
+    assert all(each[:] == CONTENT for each in maps)
+    let_go(regions)
+    assert [kilobytes_in_memory(path) for path in paths] == [0, 1024, 1024]
+    assert all(each[:] == CONTENT for each in maps)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_a_bundle_whose_file_has_left_memory_writes_the_same(bundles: Path, name: str) -> None:
-    with load(bundles / name) as gpt:
+    with newly_mapped(bundles / name) as regions:
+        gpt = load(bundles / name)
+    assert regions or sys.platform != "linux"
+    with gpt:
         before = gpt.generate_ids([1, 2, 3], max_new_tokens=20)
-        let_go(bundles / name)
+        let_go(regions)
         assert gpt.generate_ids([1, 2, 3], max_new_tokens=20) == before
+
+
+@needs_proc
+def test_when_a_prompt_is_read_its_weights_have_left_memory(bundles: Path) -> None:
+    bundle, file = open_bundle(bundles / "long"), bundles / "long" / "onnx" / "model.onnx_data"
+    buffers = Session(bundle, provider="cpu", threads=1).new_key_values(1, 160)
+    before, prefill = kilobytes_in_memory(file), Prefill(bundle, 1)
+    prefill.read([1, 2, 3] * 50, buffers, never)
+    assert kilobytes_in_memory(file) == before
+    prefill._run(np.array([1, 2, 3]), buffers, 0, never)
+    assert kilobytes_in_memory(file) > before
