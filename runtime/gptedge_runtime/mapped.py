@@ -24,7 +24,10 @@ def newly_mapped(folder: Path) -> Iterator[list[Region]]:
     with opening:
         others, own = _regions(folder), list[Region]()
         yield own
-        own += [r for r in _regions(folder) if all(r[1] <= start or end <= r[0] for start, end in others)]
+        for start, end in _regions(folder):  # by address
+            if all(end <= first or behind <= start for first, behind in others):
+                is_next = bool(own) and own[-1][1] == start
+                own.append((own.pop()[0] if is_next else start, end))  # of many small ones each call takes its time
 
 
 def let_go(regions: Sequence[Region]) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
-from .huge_pages import huge_pages
+from .huge_pages import Region, huge_pages
 from .invariance import is_batch_invariant, is_step_invariant
 from .limits import ShouldStop, in_worker, never, until
 from .mapped import let_go, newly_mapped
@@ -45,6 +45,8 @@ class Session:
     """Whether the graph keeps a token in the cache at its position, and not behind the tokens before it."""
     n_steps = 0
     """Decode steps so far."""
+    weights: Sequence[Region] = ()
+    """Where the mapped weights file lies, of which ``decode`` reads rows of the tables."""
     why_not_cuda: str | None = None
     """Why ``auto`` took the CPU for this bundle where there is a GPU."""
 
@@ -65,10 +67,10 @@ class Session:
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
         compare_graphs(MANIFEST, bundle.graphs["decode"], decode_contract(bundle.model, bundle.cache_dtype))
-        with huge_pages(), newly_mapped(bundle.folder) as weights:
+        with huge_pages(), newly_mapped(bundle.folder) as self.weights:
             session = open_graph(bundle, bundle.graphs["decode"], threads, packed=not exact)
         if not self.rounds_finely:
-            let_go(weights)
+            let_go(self.weights)
         return session
 
     def prefill_of(self, n_tokens: int) -> Prefill | None:
@@ -232,6 +234,7 @@ class Cache:
         longest, begin = max(len(row) for row in rows), 0
         if len(rows) == 1 and (prefill := self._session.prefill_of(longest)):
             begin = longest - 1
+            let_go(self._session.weights)  # else memory holds what both graphs have read of the file
             prefill.read(rows[0][:begin], key_values, should_stop)
         size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
         for start in range(begin, longest, size):
