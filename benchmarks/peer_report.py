@@ -44,7 +44,7 @@ trained ones, so that rounding turns more choices.
 
 Tools at their defaults but for the threads: llama.cpp holds keys and values in 16 bits and OpenVINO in 8, both at every
 precision, gptedge in 8 at int8 and int4, all else in 32. Of a head of 8 bits gptedge reads 4 for each token and
-8 for the 64 best by these. With weights of 4 bits the head has 4 in gptedge, 6 in llama.cpp
+8 for the 32 best by these. With weights of 4 bits the head has 4 in gptedge, 6 in llama.cpp
 (Q6_K) and 8 in OpenVINO: gptedge, and onnxruntime-genai with it, reads the fewest bytes of weights. The own
 builder of onnxruntime-genai knows no GPT-2: it reads `model.onnx` of gptedge's bundles, and as "plain" that of the
 float32 bundle, rounded by ONNX Runtime's own tool (`MatMulNBitsQuantizer`, blocks of 128, accuracy level 4), the head

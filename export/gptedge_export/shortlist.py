@@ -17,8 +17,11 @@ from .operators import Ops
 ROUGH_BITS = 4
 """Of the weights by which all tokens are looked at."""
 
-N_BEST = 64
+N_BEST = 32
 """How many tokens have logits of 8 bits: the best by 4 bits."""
+
+GROUP_SIZES = range(8, 33)
+"""Of the groups of tokens in which the best are looked for; the larger the better up to the root of V / ``N_BEST``."""
 
 
 def look_twice(model: ir.Model, rough: Blocks) -> None:
@@ -38,20 +41,44 @@ def look_twice(model: ir.Model, rough: Blocks) -> None:
     attributes = {"K": width, "N": len(rough.integers), "bits": ROUGH_BITS, "block_size": rough.integers.shape[2]}
     attributes["accuracy_level"] = 4
     logits = ops.op("MatMulNBits", [given, *weights], attributes, domain="com.microsoft", version=1)  # (..., V)
-    count = ops.Constant(value=ir.tensor(np.array([N_BEST])))
-    _, best = ops.op_multi_out("TopK", [logits, count], {"sorted": 0}, num_outputs=2)  # (..., k)
+    old: Any = head.outputs[0]
+    outer = [0] * (1 if old.shape is None else len(old.shape) - 1)  # axes before the last, which stay as they are
+    best = _best(ops, logits, outer, len(rough.integers))  # (..., k)
     rows = ops.DequantizeLinear(ops.Gather(integers, best), np.float32(1), np.uint8(128))  # (..., k, n_blocks, size)
     rows = ops.Mul(rows, ops.Unsqueeze(ops.Gather(scales, best), [-1]))
     filling = -width % head.attributes["block_size"].as_int()
-    rows = ops.Reshape(rows, [-1, N_BEST, width + filling])  # (R, k, K')
+    rows = ops.Reshape(rows, [*outer, N_BEST, width + filling])  # (..., k, K')
     if filling:
-        rows = ops.Slice(rows, [0], [width], [2])  # (R, k, D)
-    exact = ops.MatMul(rows, ops.Reshape(given, [-1, width, 1]))  # (R, k, 1)
-    new = ops.ScatterElements(logits, best, ops.Reshape(exact, ops.Shape(best)), axis=-1)  # (..., V)
-    old: Any = head.outputs[0]
+        rows = ops.Slice(rows, [0], [width], [-1])  # (..., k, D)
+    exact = ops.MatMul(rows, ops.Unsqueeze(given, [-1]))  # (..., k, 1)
+    new = ops.ScatterElements(logits, best, ops.Squeeze(exact, [-1]), axis=-1)  # (..., V)
     head.append(ops.nodes)
     if old.is_graph_output():
         new.name, new.dtype, new.shape = old.name, old.dtype, old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove(head, safe=True)
     NameFixPass()(model)
+
+
+def _best(ops: Ops, logits: ir.Value, outer: list[int], count: int) -> ir.Value:
+    """Where the largest of logits (..., V) are, (..., k).
+
+    ``TopK``, which looks at one number after the other, is for few: those of the k groups with the largest maxima, in
+    which they all lie. A vocabulary that has no such groups is looked through as it is.
+    """
+    size = max((size for size in GROUP_SIZES if count % size == 0), default=None)
+    if size is None:
+        return _largest(ops, logits, N_BEST)
+    maxima = ops.ReduceMax(ops.Reshape(logits, [*outer, count // size, size]), [-1], keepdims=0)  # (..., V / g)
+    n_groups = min(N_BEST, count // size)
+    groups = ops.Unsqueeze(_largest(ops, maxima, n_groups), [-1])  # (..., k, 1)
+    ids = ops.Reshape(ops.Add(ops.Mul(groups, size), np.arange(size)), [*outer, n_groups * size])  # (..., k * g)
+    places = _largest(ops, ops.GatherElements(logits, ids, axis=-1), N_BEST)  # (..., k)
+    best: ir.Value = ops.GatherElements(ids, places, axis=-1)
+    return best
+
+
+def _largest(ops: Ops, values: ir.Value, count: int) -> ir.Value:
+    counts = ops.Constant(value=ir.tensor(np.array([count])))
+    places: ir.Value = ops.op_multi_out("TopK", [values, counts], {"sorted": 0}, num_outputs=2)[1]
+    return places

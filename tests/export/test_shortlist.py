@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from gptedge_export import export_bundle, load_vocabulary, weights
@@ -13,8 +14,9 @@ from gptedge_export.blocks import Blocks
 from gptedge_export.bundle import _make_graph
 from gptedge_export.errors import ParityError
 from gptedge_export.graph_run import Graph
+from gptedge_export.operators import Ops
 from gptedge_export.precision import Prepared, prepare
-from gptedge_export.shortlist import N_BEST, look_twice
+from gptedge_export.shortlist import N_BEST, _best, look_twice
 from gptedge_export.verify import Eager
 from gptedge_models import GPTConfig, GPTModel
 from gptedge_runtime import load
@@ -38,11 +40,14 @@ def make_model(config: GPTConfig = CONFIG, *, tied: bool = False) -> GPTModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["int8", "int8, blocks and heads filled up", "int4, tied", "int8, opset 18"])
+@pytest.fixture(
+    scope="module", params=["int8", "int8, blocks and heads filled up", "int4, tied", "int8, opset 18", "int8, prime"]
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Graph]:
     """A head that is tied to the table has its 8 bits at int4, too."""
     precision, folder = request.param[:4], tmp_path_factory.mktemp("shortlist")
     config = replace(CONFIG, emb_dim=315, n_heads=5) if "filled up" in request.param else CONFIG
+    config = replace(config, vocab_size=1511) if "prime" in request.param else config  # no groups of one size
     model = make_model(config, tied="tied" in request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gptedge_export.quantise.LARGE_HEAD", 1)
@@ -64,6 +69,20 @@ def test_the_best_logits_are_of_8_bits_and_the_others_of_4(made: tuple[Prepared,
     for logits, ids in ((exact, order[..., -N_BEST // 2 :]), (rough, order[..., : -2 * N_BEST])):
         differences = np.take_along_axis(onnx - logits, ids, -1)
         assert np.abs(differences).mean() < apart / 5
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1500), (4, 1500), (4, 1511)])
+def test_the_best_are_found_wherever_they_stand(shape: tuple[int, ...]) -> None:
+    """Also side by side, in one group; 1511 is a prime, and has none."""
+    logits = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    logits[..., 700:720] += 9
+    given, ops = ir.val("logits", ir.DataType.FLOAT, shape), Ops()
+    found = _best(ops, given, [0] * (len(shape) - 1), shape[-1])
+    found.dtype = ir.DataType.INT64
+    model = ir.Model(ir.Graph([given], [found], nodes=ops.nodes, opset_imports={"": 20}), ir_version=10)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    (ids,) = session.run(None, {"logits": logits})
+    np.testing.assert_array_equal(np.sort(ids), np.sort(logits.argsort()[..., -N_BEST:]))
 
 
 def best(logits: NDArray[Any]) -> dict[int, Any]:
