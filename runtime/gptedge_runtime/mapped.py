@@ -19,7 +19,7 @@ opening = RLock()
 def newly_mapped(folder: Path) -> Iterator[list[Region]]:
     """Yield a list that tells, at the end, where a session that is opened herein has mapped the folder's files.
 
-    They stay there as long as the session does. Behind that other memory may stand at these addresses.
+    They stay there as long as the session does; afterwards other memory may stand at these addresses.
     """
     with opening:
         others, own = _regions(folder), list[Region]()

@@ -60,7 +60,8 @@ def test_a_bundle_whose_file_has_left_memory_writes_the_same(bundles: Path, name
 @needs_proc
 def test_when_a_prompt_is_read_its_weights_have_left_memory(bundles: Path) -> None:
     bundle, file = open_bundle(bundles / "long"), bundles / "long" / "onnx" / "model.onnx_data"
-    buffers = Session(bundle, provider="cpu", threads=1).new_key_values(1, 160)
+    session = Session(bundle, provider="cpu", threads=1)
+    buffers = session.new_key_values(1, 160)
     before, prefill = kilobytes_in_memory(file), Prefill(bundle, 1)
     prefill.read([1, 2, 3] * 50, buffers, never)
     assert kilobytes_in_memory(file) == before
