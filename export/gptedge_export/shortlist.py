@@ -68,17 +68,16 @@ def _best(ops: Ops, logits: ir.Value, outer: list[int], count: int) -> ir.Value:
     """
     size = max((size for size in GROUP_SIZES if count % size == 0), default=None)
     if size is None:
-        return _largest(ops, logits, N_BEST)
+        return _largest(ops, logits)
     maxima = ops.ReduceMax(ops.Reshape(logits, [*outer, count // size, size]), [-1], keepdims=0)  # (..., V / g)
-    n_groups = min(N_BEST, count // size)
-    groups = ops.Unsqueeze(_largest(ops, maxima, n_groups), [-1])  # (..., k, 1)
-    ids = ops.Reshape(ops.Add(ops.Mul(groups, size), np.arange(size)), [*outer, n_groups * size])  # (..., k * g)
-    places = _largest(ops, ops.GatherElements(logits, ids, axis=-1), N_BEST)  # (..., k)
+    groups = ops.Unsqueeze(_largest(ops, maxima), [-1])  # (..., k, 1)
+    ids = ops.Reshape(ops.Add(ops.Mul(groups, size), np.arange(size)), [*outer, N_BEST * size])  # (..., k * g)
+    places = _largest(ops, ops.GatherElements(logits, ids, axis=-1))  # (..., k)
     best: ir.Value = ops.GatherElements(ids, places, axis=-1)
     return best
 
 
-def _largest(ops: Ops, values: ir.Value, count: int) -> ir.Value:
-    counts = ops.Constant(value=ir.tensor(np.array([count])))
-    places: ir.Value = ops.op_multi_out("TopK", [values, counts], {"sorted": 0}, num_outputs=2)[1]
+def _largest(ops: Ops, values: ir.Value) -> ir.Value:
+    count = ops.Constant(value=ir.tensor(np.array([N_BEST])))
+    places: ir.Value = ops.op_multi_out("TopK", [values, count], {"sorted": 0}, num_outputs=2)[1]
     return places

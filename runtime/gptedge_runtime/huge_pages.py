@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from threading import Timer
 
+from .memory_map import Region, read_memory_map
+
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 DELAY_S_PER_GB = 8.0  # moving takes a second of the memory for each, which shorter runs would not win back
 CALL_BYTES = 64 << 20  # of one call, which waits for each processor: of a page at a time it takes ten times as long
 REST = 1  # times as long as a call took: the steps that run meanwhile need the memory, too
 _MADV_COLLAPSE = 25  # madvise(2), since Linux 6.1
-
-Region = tuple[int, int]
-"""Addresses of the first byte and of the first behind."""
 
 
 @contextlib.contextmanager
@@ -49,9 +48,7 @@ def _page_bytes() -> int:
 
 def _regions() -> list[Region]:
     """Return the memory that the process may write and that no file stands behind."""
-    fields = [line.split() for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()]
-    anonymous = [f[0].split("-") for f in fields if f[1] == "rw-p" and f[5:] in ([], ["[heap]"])]
-    return [(int(start, 16), int(end, 16)) for start, end in anonymous]
+    return [entry.region for entry in read_memory_map() if entry[1:] in (("rw-p", ""), ("rw-p", "[heap]"))]
 
 
 def _collapse(regions: list[Region], page: int) -> None:

@@ -2,17 +2,16 @@
 
 import contextlib
 import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import RLock
 
-from .huge_pages import Region
+from .memory_map import Region, read_memory_map
 
 _MADV_DONTNEED = 4  # madvise(2)
 
 opening = RLock()
-"""Held while a session is opened, so that none takes what another maps for its own."""
+"""Held while a session is opened: none takes what another maps for its own, nor opens in another's environment."""
 
 
 @contextlib.contextmanager
@@ -43,13 +42,6 @@ def let_go(regions: Sequence[Region]) -> None:
 
 
 def _regions(folder: Path) -> list[Region]:
-    """Return where this process has mapped the folder's files; nothing where the system is not Linux."""
-    found, folder = list[Region](), folder.resolve()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
-                addresses, *_, path = line.split(maxsplit=5)
-                if Path(path).is_relative_to(folder):
-                    start, end = (int(address, 16) for address in addresses.split("-"))
-                    found.append((start, end))
-    return found
+    """Return where this process has mapped the folder's files."""
+    folder = folder.resolve()
+    return [entry.region for entry in read_memory_map() if Path(entry.path).is_relative_to(folder)]

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
 from .bundle import Bundle, GraphSpec, TensorSpec
@@ -11,7 +10,6 @@ from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
 from .mapped import opening
 
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_environment = Lock()
 NOT_CAPTURED = -1
 _SPIN_US = 1000  # that a thread waits for work and keeps its core from another graph's threads; usual: far longer
 _SILENT = 4  # only fatal errors are logged; the others arrive as exceptions
@@ -91,7 +89,7 @@ def open_graph(
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", weights_folder)
     data = bundle.read(graph.path)
     try:
-        with opening, attention_of_cache(any(tensor.dtype == "int8" for tensor in graph.inputs)):
+        with attention_of_cache(any(tensor.dtype == "int8" for tensor in graph.inputs)):
             session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=False)
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):
@@ -112,7 +110,7 @@ def attention_of_cache(has_8_bits: bool) -> Iterator[None]:
     Tiles make it slower there, and faster elsewhere (docs/performance.md). The environment, which is where onnxruntime
     looks as it makes a session, is afterwards as it was.
     """
-    with _environment:
+    with opening:
         before = os.environ.get(_NO_TILES)
         os.environ[_NO_TILES] = str(int(has_8_bits))
         try:

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
-from .huge_pages import Region, huge_pages
+from .huge_pages import huge_pages
 from .invariance import is_batch_invariant, is_step_invariant
 from .limits import ShouldStop, in_worker, never, until
 from .mapped import let_go, newly_mapped
+from .memory_map import Region
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 from .prefill import GRAPH, MIN_TOKENS, Prefill
 

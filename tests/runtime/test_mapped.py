@@ -67,3 +67,21 @@ def test_when_a_prompt_is_read_its_weights_have_left_memory(bundles: Path) -> No
     assert kilobytes_in_memory(file) == before
     prefill._run(np.array([1, 2, 3]), buffers, 0, never)
     assert kilobytes_in_memory(file) > before
+
+
+def test_weights_leave_memory_each_time_that_a_stop_is_asked_for(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is while the graph runs; how much it has read by then is a matter of time."""
+    prefill, calls = Prefill(open_bundle(bundles / "long"), 1), list[object]()
+    session = Session(open_bundle(bundles / "long"), provider="cpu", threads=1)
+    monkeypatch.setattr("gptedge_runtime.prefill.let_go", calls.append)
+
+    def asked() -> bool:
+        calls.append("asked")
+        return False
+
+    prefill.read([1, 2, 3] * 50, session.new_key_values(1, 160), asked)
+    n_asked = calls.count("asked")
+    assert n_asked > 0
+    assert calls == [prefill._weights, "asked"] * n_asked + [prefill._weights]
