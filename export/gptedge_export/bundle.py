@@ -21,7 +21,7 @@ from .classifier import Classifier, is_classifier
 from .companions import companions
 from .cuda import CUDA_DTYPES
 from .errors import ExportError
-from .loop import fold_weights, generate_graph, trace_step
+from .loop import fold_weights, generate_graph
 from .precision import Prepared, prepare
 from .quality import Quality, measure, sample_texts
 from .reshapes import drop_reshapes
@@ -137,33 +137,38 @@ def _write_graphs(
     prepared: Prepared, folder: Path, wanted: list[str], precision: str, opset: int, progress: bool
 ) -> dict[str, ir.Model]:
     (folder / "onnx").mkdir()
-    wanted = wanted if is_classifier(prepared.model) else [*wanted, "generate"]
-    names = tqdm(wanted, desc="export", unit=" graphs", disable=not progress, leave=False)
-    graphs = {name: _make_graph(prepared, name, precision, opset) for name in names}
+    graphs: dict[str, ir.Model] = {}
+    for name in tqdm(wanted, desc="export", unit=" graphs", disable=not progress, leave=False):
+        graph = _trace(prepared, name, precision, opset)
+        if name == "model" and not is_classifier(prepared.model):
+            graphs["generate"] = generate_graph(graph.clone(), prepared.model.config)
+            _store_weights(prepared, "generate", graphs["generate"], precision)
+        graphs[name] = graph
+        _store_weights(prepared, name, graph, precision)
     weights.save(graphs, folder / "onnx")
     return graphs
 
 
-def _make_graph(prepared: Prepared, name: str, precision: str, opset: int) -> ir.Model:
-    model = prepared.model
+def _trace(prepared: Prepared, name: str, precision: str, opset: int) -> ir.Model:
     if name == "decode_cuda":
-        return trace(copy.deepcopy(model).to(CUDA_DTYPES[precision]), name, opset)
-    if name == "generate":
-        graph = generate_graph(trace_step(model, opset, prepared.int8_cache), model.config)
-    else:
-        graph = trace(model, name, opset, prepared.int8_cache)
+        return trace(copy.deepcopy(prepared.model).to(CUDA_DTYPES[precision]), name, opset)
+    return trace(prepared.model, name, opset, prepared.int8_cache)
+
+
+def _store_weights(prepared: Prepared, name: str, graph: ir.Model, precision: str) -> None:
+    if name == "decode_cuda":
+        return  # it was traced with them
     if name == "prefill" and prepared.store_prefill is not None:
         prepared.store_prefill(graph)
-        return graph
+        return
     prepared.store(graph)
     fold_weights(graph)
     if name == "decode" and precision == "int4":
-        compute_by_row(graph, model.config.emb_dim)
+        compute_by_row(graph, prepared.model.config.emb_dim)
     elif name == "decode" and precision == "int8":
         drop_reshapes(graph)
     if name == "decode" and prepared.rough_head is not None:
         look_twice(graph, prepared.rough_head)
-    return graph
 
 
 def _write_files(

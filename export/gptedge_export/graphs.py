@@ -158,13 +158,12 @@ class Forward(Stack):
         return self.logits(self.hidden(input_ids, positions, attend), input_ids.shape)
 
 
-class Growing(Stack):
-    """A stack whose cache grows by concatenation; padding on the left is masked."""
+class Cached(Stack):
+    """``model.onnx``: standard operators; the cache goes in and out, and padding on the left is masked."""
 
-    def read(
+    def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Token ids (B, S) behind a past of P, mask (B, P+S) -> (B*S, D) before the final norm, and the cache."""
         batch_size, length = input_ids.shape
         past_length = past[0][0].shape[2]
         keys = torch.arange(past_length + length)
@@ -178,16 +177,7 @@ class Growing(Stack):
             present.append((k, v))
             return attention(q, k, v, bias)
 
-        return self.hidden(input_ids, position_ids, attend), present
-
-
-class Cached(Growing):
-    """``model.onnx``: standard operators, the cache goes in and out."""
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        x, present = self.read(input_ids, attention_mask, position_ids, past)
+        x = self.hidden(input_ids, position_ids, attend)  # (B*S, D)
         return self.logits(x, input_ids.shape), present
 
 

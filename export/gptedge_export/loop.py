@@ -1,75 +1,31 @@
 """``generate.onnx``: the book's greedy loop as one graph of standard operators.
 
-One step, from token ids to the next id, is a PyTorch module and traced like the other graphs. Two ``Loop`` operators go
-around it. The inner one repeats the step, cache in hand, until the context is full. The outer one begins anew with
-the last ``context_length`` tokens and an empty cache, as often as it takes: once, unless the text outgrows the context,
-and then for each token, as the book does. In the shapes below B is the batch and W the number of tokens read so far.
+One step, from token ids to the next id, is ``model.onnx`` with a choice behind it. Two ``Loop`` operators go around it.
+The inner one repeats the step, cache in hand, until the context is full. The outer one begins anew with the last
+``context_length`` tokens and an empty cache, as often as it takes: once, unless the text outgrows the context, and
+then for each token, as the book does. In the shapes below B is the batch, S the tokens of a step, P those in the cache,
+D the width, V the vocabulary size and W the number of tokens read so far.
 """
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from gptedge_models import GPTConfig, GPTModel
-from onnx_ir.passes.common import NameFixPass
-from torch import Tensor
+from gptedge_models import GPTConfig
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from .graphs import Growing
 from .operators import Ops
-from .trace import export
 
 INT64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 END = np.iinfo(np.int64).max
 
 
-class Step(Growing):
-    """Read ids (B, S) behind a past of P: the next id of each row, and all that the following step needs."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        ended: Tensor,
-        eos_token_id: Tensor,
-        past: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """Mask (B, P+S), ended (B,) -> go on (), next ids (B, 1), mask (B, P+S+1), ended (B,), next ids (B,), cache."""
-        batch_size = input_ids.shape[0]
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past[0][0].shape[2] :]  # (B, S)
-        x, present = self.read(input_ids, attention_mask, position_ids, past)
-        last = x.view(batch_size, -1, self.config.emb_dim)[:, -1]  # (B, D)
-        chosen = self.logits(last, (batch_size, 1))[:, 0].argmax(-1)  # (B,)
-        next_ids = torch.where(ended, eos_token_id, chosen)
-        next_mask = torch.cat((attention_mask, (~ended).long()[:, None]), dim=1)  # an ended row grows no longer
-        ended = ended | (next_ids == eos_token_id)
-        return (~ended).any(), next_ids[:, None], next_mask, ended, next_ids, present
-
-
-def trace_step(model: GPTModel, opset: int, int8_cache: bool = False) -> ir.Model:
-    """Export :class:`Step`; outputs in the order that ``Loop`` wants: go on, carried values, what is collected."""
-    batch, new, past = 2, 3, 5
-    sample = {
-        "new_ids": (torch.zeros(batch, new, dtype=torch.int64), {0: "batch_size", 1: "new_length"}),
-        "mask": (torch.ones(batch, past + new, dtype=torch.int64), {0: "batch_size", 1: "length"}),
-        "ended": (torch.zeros(batch, dtype=torch.bool), {0: "batch_size"}),
-        "eos_token_id": (torch.tensor(-1), dict[int, str]()),
-    }
-    cache = torch.zeros(batch, model.config.n_heads, past, model.config.head_dim)
-    caches = {"past": (cache, {0: "batch_size", 2: "past_length"})}
-    outputs = ["go_on", "next_new_ids", "next_mask", "next_ended", "next_ids"]
-    step = export(Step(model, int8_cache), sample, caches, outputs, opset)
-    step.graph.outputs.append(step.graph.outputs.pop(4))
-    return step
-
-
-def generate_graph(step: ir.Model, config: GPTConfig) -> ir.Model:
-    """Put the loops around a traced step, whose weights become those of the whole graph."""
+def generate_graph(model: ir.Model, config: GPTConfig) -> ir.Model:
+    """Put the loops around the traced ``model.onnx``, which becomes part of the whole graph, with its weights."""
     ids = [ir.val(name, INT64, ["batch_size", "sequence_length"]) for name in ("input_ids", "attention_mask")]
     max_new_tokens, eos_token_id = ir.val("max_new_tokens", INT64, []), ir.val("eos_token_id", INT64, [])
-    body = step.graph
+    body = model.graph
     initializers = list(body.initializers.values())
     body.initializers.clear()
-    ir.convenience.replace_all_uses_with(body.inputs.pop(3), eos_token_id)
-    body.inputs[:0] = _counters("step")
+    _make_step(body, eos_token_id, config)
 
     ops = Ops()
     batch_size = ops.Shape(ids[0], end=1)
@@ -84,9 +40,10 @@ def generate_graph(step: ir.Model, config: GPTConfig) -> ir.Model:
     graph = ir.Graph(
         inputs, [output_ids], nodes=ops.nodes, initializers=initializers, opset_imports=body.opset_imports, name="main"
     )
-    model = ir.Model(graph, ir_version=step.ir_version, producer_name=step.producer_name)
-    NameFixPass()(model)
-    return model
+    whole = ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+    RemoveUnusedNodesPass()(whole)
+    NameFixPass()(whole)
+    return whole
 
 
 def fold_weights(graph: ir.Model) -> None:
@@ -104,6 +61,45 @@ def fold_weights(graph: ir.Model) -> None:
         if ops.nodes:
             body.insert_before(body[0], ops.nodes)
     NameFixPass()(graph)
+
+
+def _make_step(graph: ir.Graph, eos_token_id: ir.Value, config: GPTConfig) -> None:
+    """Let ``model.onnx`` compute positions itself, read its last token with the head alone, and choose.
+
+    It becomes the body of the inner loop: ids (B, S), mask (B, P+S), ended rows (B,) and the cache go in; whether to go
+    on, next ids (B, 1), mask (B, P+S+1), ended rows (B,), the cache, and next ids (B,) to be collected come out.
+    """
+    new_ids, mask, position_ids, *past = graph.inputs
+    _, *present = graph.outputs
+    *_, norm = (node for node in graph if node.op_type == "LayerNormalization")
+    *_, head = (node for node in graph if node.op_type == "Gemm")
+    ended = ir.val("ended", BOOL, ["batch_size"])
+    for value, name in ((new_ids, "new_ids"), (mask, "mask")):
+        value.name = name
+    for value in (*graph.inputs, *present):  # other lengths than those of the whole graph, and new ones at each step
+        assert value.shape is not None
+        value.shape = ir.Shape([f"step_{dim}" if "length" in str(dim) else dim for dim in value.shape])
+
+    ops = Ops()
+    positions = ops.Max(ops.Sub(ops.CumSum(mask, 1), 1), 0)  # (B, P+S)
+    positions = ops.Slice(positions, ops.Shape(past[0], start=2, end=3), [END], [1])  # (B, S)
+    ir.convenience.replace_all_uses_with(position_ids, positions)
+    graph.insert_before(graph[0], ops.nodes)
+
+    ops = Ops()
+    rows = ops.Reshape(norm.inputs[0], ops.Concat(ops.Shape(new_ids, end=1), [-1, config.emb_dim], axis=0))  # (B, S, D)
+    norm.replace_input_with(0, ops.Gather(rows, -1, axis=1))  # (B, D)
+    graph.insert_before(norm, ops.nodes)
+
+    ops = Ops()
+    next_ids = ops.Where(ended, eos_token_id, ops.ArgMax(head.outputs[0], axis=-1, keepdims=0))  # (B,)
+    more = ops.Unsqueeze(ops.Cast(ops.Not(ended), to=INT64), [1])  # an ended row grows no longer
+    now_ended = ops.Or(ended, ops.Equal(next_ids, eos_token_id))
+    go_on = ops.Cast(ops.ReduceMax(ops.Cast(ops.Not(now_ended), to=INT64), keepdims=0), to=BOOL)
+    carried = [ops.Unsqueeze(next_ids, [1]), ops.Concat(mask, more, axis=1), now_ended, *present]
+    graph.extend(ops.nodes)
+    graph.inputs[:] = [*_counters("step"), new_ids, mask, ended, *past]
+    graph.outputs[:] = [go_on, *carried, next_ids]
 
 
 def _round(step: ir.Graph, context_length: int, length: ir.Value, empty: ir.Value) -> ir.Graph:

@@ -10,7 +10,8 @@ import onnxruntime as ort
 import pytest
 import torch
 from gptedge_export import weights
-from gptedge_export.loop import fold_weights, generate_graph, trace_step
+from gptedge_export.loop import fold_weights, generate_graph
+from gptedge_export.trace import trace
 from gptedge_export.verify import judge
 from gptedge_models import GPTModel, generate_text_simple
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ def sharp() -> GPTModel:
 @pytest.fixture(scope="module", params=[18, 20, 23])
 def path(request: pytest.FixtureRequest, sharp: GPTModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(f"opset-{request.param}")
-    weights.save({"generate": generate_graph(trace_step(sharp, request.param), TINY)}, folder)
+    weights.save({"generate": generate_graph(trace(sharp, "model", request.param), TINY)}, folder)
     return folder / "generate.onnx"
 
 

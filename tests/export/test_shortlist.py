@@ -11,12 +11,13 @@ import pytest
 import torch
 from gptedge_export import export_bundle, load_vocabulary, weights
 from gptedge_export.blocks import Blocks
-from gptedge_export.bundle import _make_graph
+from gptedge_export.bundle import _store_weights
 from gptedge_export.errors import ParityError
 from gptedge_export.graph_run import Graph
 from gptedge_export.operators import Ops
 from gptedge_export.precision import Prepared, prepare
 from gptedge_export.shortlist import N_BEST, _best, look_twice
+from gptedge_export.trace import trace
 from gptedge_export.verify import Eager
 from gptedge_models import GPTConfig, GPTModel
 from gptedge_runtime import load
@@ -52,7 +53,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gptedge_export.quantise.LARGE_HEAD", 1)
         prepared = prepare(model, precision, [IDS[0].tolist()], progress=False)
-    graph = _make_graph(prepared, "decode", precision, 18 if "opset 18" in request.param else 20)
+    graph = trace(prepared.model, "decode", 18 if "opset 18" in request.param else 20, prepared.int8_cache)
+    _store_weights(prepared, "decode", graph, precision)
     (folder / "onnx").mkdir()
     weights.save({"decode": graph}, folder / "onnx")
     return prepared, Graph(folder, "decode", config, precision)
