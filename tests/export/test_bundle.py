@@ -17,11 +17,19 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_two_exports_are_byte_identical(
-    tiny_model: GPTModel, tiny_bundle: Path, byte_vocabulary: Vocabulary, tmp_path: Path
-) -> None:
-    export_bundle(tiny_model, tmp_path / "again", vocabulary=byte_vocabulary)
-    again, before = files(tmp_path / "again"), files(tiny_bundle)
+@pytest.fixture(scope="module")
+def exported_again(
+    tiny_model: GPTModel, tiny_bundle: Path, byte_vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Over a copy of the first export, in which lies one file more."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("again") / "bundle")
+    (bundle / "extra").write_text("from an older export")
+    export_bundle(tiny_model, bundle, vocabulary=byte_vocabulary, force=True)
+    return bundle
+
+
+def test_two_exports_are_byte_identical(tiny_bundle: Path, exported_again: Path) -> None:
+    again, before = files(exported_again), files(tiny_bundle)
     assert again.keys() == before.keys()
     assert [name for name, data in again.items() if data != before[name]] == []
 
@@ -91,14 +99,9 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     assert files(tmp_path) == {"photo.jpg": b"dear"}
 
 
-def test_force_replaces_and_leaves_nothing_behind(
-    tiny_model: GPTModel, tiny_bundle: Path, byte_vocabulary: Vocabulary, tmp_path: Path
-) -> None:
-    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
-    (bundle / "extra").write_text("from an older export")
-    export_bundle(tiny_model, bundle, vocabulary=byte_vocabulary, force=True)
-    assert not (bundle / "extra").exists()
-    assert list(tmp_path.iterdir()) == [bundle]
+def test_force_replaces_and_leaves_nothing_behind(exported_again: Path) -> None:
+    assert not (exported_again / "extra").exists()
+    assert list(exported_again.parent.iterdir()) == [exported_again]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(byte_vocabulary: Vocabulary, tmp_path: Path) -> None:

@@ -66,7 +66,13 @@ def test_the_document_has_a_row_for_each_source() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_the_command_writes_a_bundle(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+def test_the_command_writes_a_bundle_and_is_quiet(
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    line: str,
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(sources / "hub"))
     monkeypatch.chdir(sources)
@@ -74,3 +80,4 @@ def test_the_command_writes_a_bundle(sources: Path, tmp_path: Path, monkeypatch:
     brings_its_own = arguments[0] in ("demo", "gpt2-folder", "gpt2")
     command.main([*arguments, *([] if brings_its_own else ["--tokenizer", "bytes"])], standalone_mode=False)
     assert (tmp_path / "bundle" / "manifest.json").exists()
+    assert capfd.readouterr() == ("", "")

@@ -28,11 +28,6 @@ def test_a_report_in_json_is_all_of_stdout(config_file: Path, tmp_path: Path) ->
     )
 
 
-def test_quiet_prints_nothing(config_file: Path, tmp_path: Path) -> None:
-    result = run("export-onnx", "random", "--config", config_file, "--tokenizer", "bytes", "-o", tmp_path / "b", "-q")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-
-
 @pytest.mark.parametrize(
     ("args", "cause"),
     [

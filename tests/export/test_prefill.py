@@ -1,5 +1,6 @@
 """``prefill.onnx``: what it reads is what the model reads, and what is wrong in it fails the export."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,22 @@ CONFIGS = {
 IDS = np.random.default_rng(0).integers(90, size=(1, 24))
 
 
-def random_prepared(config: GPTConfig) -> Prepared:
+@functools.cache
+def _traced(config: str, opset: int) -> tuple[Prepared, dict[str, ir.Model]]:
     torch.manual_seed(0)
-    return prepare(GPTModel(config), "int8", [IDS[0].tolist()], progress=False)
-
-
-def make(prepared: Prepared, opset: int = 20) -> dict[str, ir.Model]:
-    """Only the two graphs that read a prompt."""
+    prepared = prepare(GPTModel(CONFIGS[config]), "int8", [IDS[0].tolist()], progress=False)
     assert prepared.store_prefill is not None
     graphs = {name: trace(prepared.model, name, opset, prepared.int8_cache) for name in ("prefill", "decode")}
     prepared.store_prefill(graphs["prefill"])
     prepared.store(graphs["decode"])
     drop_reshapes(graphs["decode"])
-    return graphs
+    return prepared, graphs
+
+
+def make(config: str, opset: int = 20) -> tuple[Prepared, dict[str, ir.Model]]:
+    """Only the two graphs that read a prompt, of one of ``CONFIGS``; each caller has its own."""
+    prepared, graphs = _traced(config, opset)
+    return prepared, {name: graph.clone() for name, graph in graphs.items()}
 
 
 def save(graphs: dict[str, ir.Model], folder: Path) -> int:
@@ -52,8 +56,8 @@ def save(graphs: dict[str, ir.Model], folder: Path) -> int:
 
 @pytest.fixture(params=[*CONFIGS, "opset 18"])
 def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Prepared, Path]:
-    prepared = random_prepared(CONFIGS.get(request.param, CONFIGS["blocks filled up"]))
-    save(make(prepared, opset=18 if request.param == "opset 18" else 20), tmp_path)
+    prepared, graphs = make("blocks filled up", 18) if request.param == "opset 18" else make(request.param)
+    save(graphs, tmp_path)
     return prepared, tmp_path
 
 
@@ -111,8 +115,7 @@ def test_it_is_held_against_the_model(exported: tuple[Prepared, Path]) -> None:
 
 @pytest.mark.parametrize("part", ["row_scales", "rows"])
 def test_another_weight_fails_the_export(part: str, tmp_path: Path) -> None:
-    prepared = random_prepared(CONFIGS["one layer"])
-    graphs = make(prepared)
+    prepared, graphs = make("one layer")
     values = graphs["prefill"].graph.initializers
     (name,) = (name for name in values if ".qkv." in name and name.endswith(f".{part}"))
     given = values[name].const_value
@@ -125,14 +128,14 @@ def test_another_weight_fails_the_export(part: str, tmp_path: Path) -> None:
 
 def test_the_weights_are_stored_once(tmp_path: Path) -> None:
     """But for a scale each output, which all its blocks have in common."""
-    graphs = make(random_prepared(CONFIGS["one layer"]))
+    _, graphs = make("one layer")
     alone = save({"decode": graphs["decode"]}, tmp_path / "alone")
     assert save(graphs, tmp_path / "both") < 1.05 * alone
 
 
 def test_attention_lets_go_of_all_that_it_makes() -> None:
     """ONNX Runtime frees a value behind the last node that reads it, and at the end of a run if there is none."""
-    graph = make(random_prepared(CONFIGS["heads filled up"]))["prefill"].graph
+    graph = make("heads filled up")[1]["prefill"].graph
     attention = [node for node in graph if node.op_type == "GroupQueryAttention"]
     assert attention
     for node in attention:
@@ -151,8 +154,7 @@ def test_rows_are_rounded_by_themselves_and_zeros_stay_zeros(activation_max: int
 
 def test_a_processor_that_cuts_sums_off_reads_with_fewer_bits(tmp_path: Path) -> None:
     """As if this one did so: the sums of the example are held against others."""
-    prepared = random_prepared(CONFIGS["one layer"])
-    graphs = make(prepared)
+    prepared, graphs = make("one layer")
     for node in graphs["prefill"].graph:
         if node.op_type == "Constant" and node.attributes["value"].as_tensor().numpy().tolist() == 64 * 255 * 127:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.int32(64 * 32767)))
