@@ -1,7 +1,7 @@
 """Write the bundles that tests/runtime reads, and what the eager model says about them: make_bundles.py FOLDER.
 
 With --cuda instead FOLDER/fp32, FOLDER/fp16 and FOLDER/bf16, the model of FOLDER/tiny with the graph for GPUs, for
-tests/gpu, and FOLDER/outliers, the same with a large value in every token's embedding.
+tests/gpu, and FOLDER/outliers, one layer of it with a large value in every token's embedding.
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at
@@ -102,7 +102,7 @@ def write_cuda(folder: Path) -> None:
     for precision in ("fp32", "fp16", "bf16"):
         model, vocabulary = random_model(TINY), tiny_vocabulary()
         export_bundle(model, folder / precision, vocabulary=vocabulary, precision=precision, cuda=True, force=True)
-    model = random_model(TINY)
+    model = random_model(replace(TINY, n_layers=1))
     model.tok_emb.weight.data[:, 3] += 3000
     export_bundle(model, folder / "outliers", vocabulary=tiny_vocabulary(), precision="fp16", cuda=True, force=True)
     ids = torch.randint(TINY.vocab_size, (2, TINY.context_length))
