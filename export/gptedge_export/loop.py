@@ -64,7 +64,7 @@ def fold_weights(graph: ir.Model) -> None:
 
 
 def _make_step(graph: ir.Graph, eos_token_id: ir.Value, config: GPTConfig) -> None:
-    """Let ``model.onnx`` compute positions itself, read its last token with the head alone, and choose.
+    """Let ``model.onnx`` count positions itself, show the head its last token alone, and choose.
 
     It becomes the body of the inner loop: ids (B, S), mask (B, P+S), ended rows (B,) and the cache go in; whether to go
     on, next ids (B, 1), mask (B, P+S+1), ended rows (B,), the cache, and next ids (B,) to be collected come out.
@@ -74,8 +74,7 @@ def _make_step(graph: ir.Graph, eos_token_id: ir.Value, config: GPTConfig) -> No
     *_, norm = (node for node in graph if node.op_type == "LayerNormalization")
     *_, head = (node for node in graph if node.op_type == "Gemm")
     ended = ir.val("ended", BOOL, ["batch_size"])
-    for value, name in ((new_ids, "new_ids"), (mask, "mask")):
-        value.name = name
+    new_ids.name, mask.name = "new_ids", "mask"
     for value in (*graph.inputs, *present):  # other lengths than those of the whole graph, and new ones at each step
         assert value.shape is not None
         value.shape = ir.Shape([f"step_{dim}" if "length" in str(dim) else dim for dim in value.shape])
