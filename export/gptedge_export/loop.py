@@ -4,7 +4,7 @@ One step, from token ids to the next id, is ``model.onnx`` with a choice behind 
 The inner one repeats the step, cache in hand, until the context is full. The outer one begins anew with the last
 ``context_length`` tokens and an empty cache, as often as it takes: once, unless the text outgrows the context, and
 then for each token, as the book does. In the shapes below B is the batch, S the tokens of a step, P those in the cache,
-D the width, V the vocabulary size and W the number of tokens read so far.
+D the width and W the number of tokens read so far.
 """
 
 import numpy as np

@@ -57,36 +57,32 @@ def _sample(name: str, config: GPTConfig) -> Sample:
 
 
 def trace(model: GPTModel, name: str, opset: int, int8_cache: bool = False) -> ir.Model:
-    """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``."""
-    config, caches = model.config, {}
+    """Export one of ``GRAPHS`` with dynamic batch and sequence; its weights share the memory of ``model``.
+
+    With a cache, ``past_key_values.*`` are the last inputs and ``present.*`` the last outputs. The graph carries no
+    stack trace, no path and no shape of an intermediate value.
+    """
+    config, sample = model.config, _sample(name, model.config)
+    input_names, outputs = [*sample], {"decode_cuda": ["logits", "best_ids"], "prefill": []}.get(name, ["logits"])
+    past, past_axes = list[Any](), list[Any]()
     if name != "forward":
         dtype = torch.int8 if name in ("decode", "prefill") and int8_cache else model.tok_emb.weight.dtype
         n_rows, axes = (1, dict[int, str]()) if name == "prefill" else (2, {0: "batch_size"})
         cache = torch.zeros(n_rows, config.n_heads, 5, cache_width(name, config), dtype=dtype)
-        length = "max_sequence_length" if name in IN_PLACE else "past_sequence_length"
-        caches = {"past_key_values": (cache, axes | {2: length})}
-    outputs = {"decode_cuda": ["logits", "best_ids"], "prefill": []}.get(name, ["logits"])
-    return export(GRAPHS[name](model, int8_cache), _sample(name, config), caches, outputs, opset)
-
-
-def export(module: Stack, sample: Sample, caches: Sample, outputs: list[str], opset: int) -> ir.Model:
-    """Export a module that takes these inputs, then lists of keys and values, one tensor of which stands in ``caches``.
-
-    With a cache, ``present.*`` are the last outputs. The graph carries no stack trace, no path and no shape of an
-    intermediate value.
-    """
-    config, layers = module.config, range(module.config.n_layers)
-    past: list[Any] = [[(cache.clone(), cache.clone()) for _ in layers] for cache, _ in caches.values()]
-    past_axes: list[Any] = [[(axes, axes) for _ in layers] for _, axes in caches.values()]
+        axes |= {2: "max_sequence_length" if name in IN_PLACE else "past_sequence_length"}
+        past = [[(cache.clone(), cache.clone()) for _ in range(config.n_layers)]]
+        past_axes = [[(axes, axes)] * config.n_layers]
+        input_names += cache_names("past_key_values", config)
+        outputs += cache_names("present", config)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module.eval(),
+            GRAPHS[name](model, int8_cache).eval(),
             (*(tensor for tensor, _ in sample.values()), *past),
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=(*(axes for _, axes in sample.values()), *past_axes),
-            input_names=[*sample, *(name for prefix in caches for name in cache_names(prefix, config))],
-            output_names=outputs + (cache_names("present", config) if caches else []),
+            input_names=input_names,
+            output_names=outputs,
             verbose=False,
         )
     assert program is not None
