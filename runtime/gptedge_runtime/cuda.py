@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, TensorSpec
 from .errors import OutOfMemoryError, ProviderError
-from .limits import ShouldStop, wait_for
+from .limits import ShouldStop, run_in
 from .ort import NOT_CAPTURED, compare_graphs, open_graph, run_error, run_options
 from .session import Cache, Ids, Logits, Session, decode_contract
 
@@ -172,7 +172,7 @@ class CudaSession(Session):
     def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
         """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises ``Stopped``."""
         options = run_options(self._ort, binding.graph_id)
-        wait_for(_gpu.submit(self._run, binding, options), options, should_stop)
+        run_in(_gpu, lambda: self._run(binding, options), options, should_stop)
 
     def _run(self, binding: "Binding", options: Any) -> None:
         for here, there in binding.inputs:

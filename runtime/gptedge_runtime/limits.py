@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,23 +48,28 @@ def _workers(_process: int) -> ThreadPoolExecutor:
 
 
 def in_worker(run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
-    """Run onnxruntime, with these run options, in a thread while this one waits: onnxruntime hears no signal."""
-    return wait_for(_workers(os.getpid()).submit(run), options, should_stop)
+    """Return what ``run`` returns in one of the threads that are kept: see :func:`run_in`."""
+    return run_in(_workers(os.getpid()), run, options, should_stop)
 
 
-def wait_for(running: Future[T], options: Any, should_stop: ShouldStop) -> T:
-    """Return what a run with these options in another thread returns.
+def run_in(pool: ThreadPoolExecutor, run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
+    """Run onnxruntime, with these run options, in a thread of ``pool`` while this one waits.
 
-    Ctrl-C ends the run, and so do ``should_stop``, which raises :class:`Stopped`, and what it raises itself.
+    onnxruntime hears no signal: Ctrl-C ends the run, and so do ``should_stop``, which raises :class:`Stopped`, and what
+    it raises itself. A Ctrl-C while the run is handed over, or a second one, does not wait for that end: ``run`` must
+    hold all that it reads and writes.
     """
+    running = None
     try:
+        running = pool.submit(run)
         while not should_stop():
             if wait([running], timeout=POLL_S).done:
                 return running.result()
         raise Stopped
     except BaseException:
         options.terminate = True
-        wait([running])
+        if running:
+            wait([running])
         raise
 
 

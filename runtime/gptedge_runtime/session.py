@@ -123,15 +123,15 @@ class Session:
         for part in split_rows([length] * batch, FORWARD_TOKENS):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
-            key_values = self.new_key_values(len(lengths), length)  # by name: until 1.29 onnxruntime does not hold them
-            binding = self.bind(feeds, key_values, logits[part])
+            binding = self.bind(feeds, self.new_key_values(len(lengths), length), logits[part])
             self.run_long(binding, should_stop)
             self.read_logits(binding)
         return logits
 
     def bind(self, feeds: dict[str, NDArray[Any]], key_values: Sequence[NDArray[Any]], logits: Logits) -> Any:
-        """Return an IO binding over these arrays, which must outlive it; past and present are the same memory."""
+        """Return an IO binding over these arrays; past and present are the same memory."""
         binding = self._session.io_binding()
+        binding.arrays = [*feeds.values(), *key_values, logits]  # until 1.29 onnxruntime does not hold them
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
         for name, array in zip(self.cache_names, key_values, strict=True):

@@ -2,31 +2,33 @@
 
 import os
 import signal
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, BundleError, InputError, load
-from gptedge_runtime.limits import Stopped
+from gptedge_runtime.limits import Stopped, run_in
 from gptedge_runtime.session import Session, prefill_feeds, split_rows
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
 
-def long_run(session: Session) -> tuple[Any, Any, Any]:
-    """A binding that works for a second or so, its logits, which are NaN until it has ended, and what it reads."""
+def long_run(session: Session) -> tuple[Any, Any]:
+    """A binding that works for a second or so, and its logits, which are NaN until it has ended."""
     batch, length = 3000, 32
     ids = np.zeros((batch, length), np.int64)
     logits = np.full((batch, 1, session.model.vocab_size), np.nan, np.float32)
     feeds = prefill_feeds(ids, np.full(batch, length), np.full((batch, 1), length - 1))
-    key_values = session.new_key_values(batch, length)
-    return session.bind(feeds, key_values, logits), logits, (feeds, key_values)
+    return session.bind(feeds, session.new_key_values(batch, length), logits), logits
 
 
 def test_a_stopped_run_ends_before_its_result_and_the_session_goes_on(tiny: GPT, eager: Any) -> None:
-    binding, logits, _held = long_run(tiny._session)
+    binding, logits = long_run(tiny._session)
     asked = iter([False, True])
     with pytest.raises(Stopped):
         tiny._session.run_long(binding, lambda: next(asked))
@@ -35,7 +37,7 @@ def test_a_stopped_run_ends_before_its_result_and_the_session_goes_on(tiny: GPT,
 
 
 def test_ctrl_c_ends_a_run_before_its_result(tiny: GPT, eager: Any) -> None:
-    binding, logits, _held = long_run(tiny._session)
+    binding, logits = long_run(tiny._session)
 
     def interrupt() -> bool:
         signal.raise_signal(signal.SIGINT)
@@ -47,8 +49,32 @@ def test_ctrl_c_ends_a_run_before_its_result(tiny: GPT, eager: Any) -> None:
     assert tiny.generate_ids(eager.prompts[1], max_new_tokens=4) == eager.new[1][:4]
 
 
+def test_a_binding_holds_what_it_reads_and_writes(tiny: GPT) -> None:
+    """A run that nobody waits for any more would else write to memory that others have by then."""
+    key_values = tiny._session.new_key_values(1, 4)
+    logits = np.empty((1, 1, tiny._session.model.vocab_size), np.float32)
+    feeds = prefill_feeds(np.zeros((1, 4), np.int64), np.array([4]), np.array([[3]]))
+    arrays = [weakref.ref(array) for array in (*feeds.values(), *key_values, logits)]
+    binding = tiny._session.bind(feeds, key_values, logits)
+    del key_values, logits, feeds
+    assert all(array() is not None for array in arrays)
+    del binding
+
+
+def test_ctrl_c_while_a_run_is_handed_over_ends_it() -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            super().submit(*arguments, **named)
+            raise KeyboardInterrupt
+
+    options = SimpleNamespace(terminate=False)
+    with Pool() as pool, pytest.raises(KeyboardInterrupt):
+        run_in(pool, lambda: None, options, lambda: False)
+    assert options.terminate
+
+
 def test_a_long_run_that_nobody_stops_has_a_result(tiny: GPT) -> None:
-    binding, logits, _held = long_run(tiny._session)
+    binding, logits = long_run(tiny._session)
     tiny._session.run_long(binding, lambda: False)
     assert np.isfinite(logits).all()
 
