@@ -1,6 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP_INSTALL = -m pip install -q --disable-pip-version-check --no-compile
+# What is imported is compiled once, and not all that is installed.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint install bundles wheel-test cuda-test hosts release clean
 
@@ -22,7 +25,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[cpu,export,test]"
+	$(BIN)/python $(PIP_INSTALL) -e ".[cpu,export,test]"
 	touch $@
 
 bundles: install  ## what the tests read, made once for all that run
@@ -32,16 +35,16 @@ bundles: install  ## what the tests read, made once for all that run
 wheel-test: install bundles $(filter test,$(MAKECMDGOALS))  ## the runtime's tests but the longest against the built wheel and the oldest onnxruntime, without PyTorch
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv --clear build/wheel-venv
-	build/wheel-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout pytest-xdist hypothesis
+	build/wheel-venv/bin/python $(PIP_INSTALL) "$$(echo build/wheel/gptedge-*.whl)[cpu]" "onnxruntime==1.27.*" pytest pytest-timeout pytest-xdist hypothesis
 	! build/wheel-venv/bin/python -c "import torch" 2>/dev/null
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q -n 2 --dist loadfile tests/runtime -k "not ten_thousand_rows"
-	build/wheel-venv/bin/pip install -q --disable-pip-version-check "onnxruntime==1.23.*; python_version < '3.14'"
+	build/wheel-venv/bin/python $(PIP_INSTALL) "onnxruntime==1.23.*; python_version < '3.14'"
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/wheel-venv/bin/python -P -m pytest -q -n 2 --dist loadfile tests/runtime/test_bundle.py tests/runtime/test_generate.py tests/runtime/test_session.py -k "not int8 and not int4"
 
 cuda-test: install bundles  ## with onnxruntime-gpu: on a GPU parity and ids, without one what is said about it
 	$(PYTHON) -m venv --clear build/cuda-venv
 	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
-	build/cuda-venv/bin/pip install -q --disable-pip-version-check "$$(echo build/wheel/gptedge-*.whl)[cuda]" pytest pytest-timeout hypothesis
+	build/cuda-venv/bin/python $(PIP_INSTALL) "$$(echo build/wheel/gptedge-*.whl)[cuda]" pytest pytest-timeout hypothesis
 	$(BIN)/python tests/make_bundles.py build/test-bundles/cuda --cuda
 	GPTEDGE_TEST_BUNDLES=$(CURDIR)/build/test-bundles build/cuda-venv/bin/python -P -m pytest -q tests/gpu tests/runtime/test_provider.py
 

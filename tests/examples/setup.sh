@@ -20,13 +20,13 @@ fi
 
 if ! cmp -s tests/examples/peers.txt build/peers-venv/.installed; then
   "$python" -m venv --clear build/peers-venv
-  build/peers-venv/bin/python -m pip install -q --disable-pip-version-check -r tests/examples/peers.txt
+  build/peers-venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -r tests/examples/peers.txt
   cp tests/examples/peers.txt build/peers-venv/.installed
 fi
 
 if ! cmp -s tests/examples/triton.txt build/triton-venv/.installed; then
   "$python" -m venv --clear build/triton-venv
-  build/triton-venv/bin/python -m pip install -q --disable-pip-version-check -r tests/examples/triton.txt
+  build/triton-venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -r tests/examples/triton.txt
   libraries=$(echo build/triton-venv/lib/python3.*)
   server=$libraries/site-packages/pytriton/tritonserver
   install -m 755 "$server/python_backend_stubs/${libraries##*python}/"* "$server/backends/python"
