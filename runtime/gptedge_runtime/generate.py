@@ -76,12 +76,12 @@ def generate(
 ) -> Iterator[dict[int, int]]:
     """Yield new ids of some rows at a time, ``n_steps[b]`` for row b in all; greedy ids are those that it gets alone.
 
-    A batch rounds otherwise than a row alone: a row in which that may turn a choice goes on alone, once the others are
-    done. Where activations are rounded to 8 bits no bound says when: unless a batch gives the same bits there, each row
-    is computed alone. A single greedy row is continued with drafts where they turn no choice, unless ``speculate`` is
-    false: the same ids from fewer runs. The caller may add rows to
-    ``given_up``, which run no further. Ends early when ``should_stop`` returns true. Raises :class:`BundleError` for
-    logits that are not finite, and ``TimeLimitError`` when the session's time limit is over.
+    Where a batch rounds otherwise than a row alone, a row in which that may turn a choice goes on alone, once the
+    others are done; where activations are rounded to 8 bits no bound says when, and each row is computed alone. A
+    single greedy row is continued with drafts where they turn no choice, unless ``speculate`` is false: the same ids
+    from fewer runs. The caller may add rows to ``given_up``, which run no further. Ends early when ``should_stop``
+    returns true. Raises :class:`BundleError` for logits that are not finite, and ``TimeLimitError`` when the session's
+    time limit is over.
     """
     should_stop = until(session.timeout_s, should_stop)
     is_greedy = sampling is None or sampling.temperature == 0
@@ -117,8 +117,8 @@ def _run(
 ) -> Iterator[dict[int, int]]:
     """Yield step by step an id for each row that still runs. Raises :class:`Stopped`.
 
-    A greedy row of a batch ends before a choice between logits so close that its own bits may choose otherwise: it is
-    added to ``close``.
+    A greedy row of a batch ends before a choice between logits so close that its own bits may choose otherwise, unless
+    it has its own bits in company, too: it is added to ``close``.
     """
     context_length = session.model.context_length
     rows = [list(prompt) for prompt in prompts]
@@ -130,14 +130,19 @@ def _run(
         is_greedy = sampling is None or sampling.temperature == 0
         if speculate and is_greedy and len(rows) == 1 and session.holds_batches:
             decode = Speculation(session, cache, rows[0]).decode
+        is_watched = is_greedy and len(rows) > 1 and session.holds_batches and session.rounds_finely
         running = [b for b, steps in enumerate(n_steps) if steps]
         while running:
             if should_stop():
                 raise Stopped
             _read_on(cache, decode, rows, running, context_length, should_stop)
-            if is_greedy and len(rows) > 1 and session.holds_batches and not session.is_batch_invariant:
-                close.update(b for b in running if is_close(cache.logits[b]))
-                running = [b for b in running if b not in close]
+            if is_watched:
+                doubtful = {b for b in running if is_close(cache.logits[b])}
+                if doubtful and session.is_batch_invariant:
+                    is_watched = False
+                else:
+                    close.update(doubtful)
+                    running = [b for b in running if b not in close]
             step = choose(cache, running, sampling, randoms)
             for b, token_id in step.items():
                 rows[b].append(token_id)

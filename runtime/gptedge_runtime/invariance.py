@@ -44,22 +44,29 @@ def is_step_invariant(session: "Session", n_tokens: int) -> bool:
     return True
 
 
-def is_batch_invariant(session: "Session") -> bool:
-    """Read a prompt and a token alone and beside other rows, and compare the best logits' bits.
+def is_batch_invariant(session: "Session", n_rows: int) -> bool:
+    """Read prompts and a token alone and as so many rows, and compare the best logits' bits.
 
     False also where the context is too short to tell.
     """
     should_stop = until(session.timeout_s, never)
-    prompt, rest = _text(session, 2)
-    if not prompt:
+    prompt, rest = _text(session, 1)
+    prompts = [prompt[:length] for length in range(1, 4)]
+    if len(prompt) < len(prompts):
         return False
-    alone, batch = session.new_cache(1, len(prompt) + 1), session.new_cache(3, len(prompt) + 2)
-    alone.prefill([prompt], should_stop)
-    batch.prefill([prompt[:1], prompt, prompt + rest], should_stop)
-    same = _equal(batch.logits[1], alone.logits[0])
-    alone.decode(rest[:1], should_stop)
-    batch.decode([prompt[0], rest[0], 0], should_stop)
-    return same and _equal(batch.logits[1], alone.logits[0])
+    batch = session.new_cache(n_rows, len(prompts) + 1)
+    batch.prefill([prompts[b % len(prompts)] for b in range(n_rows)], should_stop)
+    read = batch.logits.copy()
+    batch.decode(rest * n_rows, should_stop)
+    for first, row in enumerate(prompts):
+        alone = session.new_cache(1, len(prompts) + 1)
+        alone.prefill([row], should_stop)
+        same = [_equal(logits, alone.logits[0]) for logits in read[first :: len(prompts)]]
+        alone.decode(rest, should_stop)
+        same += [_equal(logits, alone.logits[0]) for logits in batch.logits[first :: len(prompts)]]
+        if not all(same):
+            return False
+    return True
 
 
 def _equal(logits: NDArray[np.float32], others: NDArray[np.float32]) -> bool:

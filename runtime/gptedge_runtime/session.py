@@ -88,7 +88,7 @@ class Session:
     @cached_property
     def is_batch_invariant(self) -> bool:
         """Whether a row's logits have the same bits alone and among others: tried out once."""
-        return self.is_step_invariant(MOST_ROWS) and is_batch_invariant(self)
+        return is_batch_invariant(self, MOST_ROWS)
 
     def is_step_invariant(self, n_tokens: int) -> bool:
         """Whether a step of so many tokens has the bits of plain ones: tried out once."""
@@ -238,10 +238,13 @@ class Cache:
             let_go(self._session.weights)  # else memory holds what both graphs have read of the file
             prefill.read(rows[0][:begin], key_values, should_stop)
         size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
+        # float32's attention gives a token other bits where it is the last one and alone in a tile: padding is, instead
+        padding = int(self._session.rounds_finely and longest < self.capacity)
         for start in range(begin, longest, size):
             chunk = [row[start : start + size] for row in rows]
             lengths = np.array([len(row) for row in chunk])
-            feeds = prefill_feeds(pad_right(chunk), lengths, lengths[:, None] - 1, past=start)
+            ids = pad_right(chunk, lengths.max() + padding)
+            feeds = prefill_feeds(ids, lengths, lengths[:, None] - 1, past=start)
             binding = self._session.bind(feeds, key_values, self._step.logits[part])
             self._session.run_long(binding, should_stop)
         self._session.read_logits(binding)
@@ -350,9 +353,9 @@ def prefill_feeds(ids: Ids, lengths: Ids, logit_positions: Ids, past: int = 0) -
     }
 
 
-def pad_right(rows: Sequence[Sequence[int]]) -> Ids:
-    """Return the rows as int64 (B, longest row), filled up with id 0."""
-    ids = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
+def pad_right(rows: Sequence[Sequence[int]], width: int) -> Ids:
+    """Return the rows as int64 (B, width), filled up with id 0."""
+    ids = np.zeros((len(rows), width), np.int64)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
     return ids
