@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TEMPLATE_PLACE = "{prompt}"
 MANIFEST = "manifest.json"
+REPORT = "export_report.json"
 MANIFEST_MAX_BYTES = 1 << 20
 PROGRESS_BYTES = 1 << 30  # smaller bundles are checked in a second or so
 MAX_SIZES = {
@@ -136,6 +137,13 @@ class Bundle:
         if hashlib.sha256(data).hexdigest() != self.files[path].sha256:
             raise _changed(path)
         return data
+
+    def read_parity(self) -> float:
+        """Return how far the graphs' logits were from the model's at export, as a share of the bound; 1: not known."""
+        if REPORT not in self.files:
+            return 1.0
+        worst = parse_json(self.read(REPORT), REPORT).child("worst")
+        return worst.number("max_abs_diff") / max(1e-5, worst.number("bound"))  # which is the least bound
 
 
 def open_bundle(path: str | os.PathLike[str], *, progress: bool = False) -> Bundle:

@@ -137,7 +137,7 @@ def _run(
                 raise Stopped
             _read_on(cache, decode, rows, running, context_length, should_stop)
             if is_watched:
-                doubtful = {b for b in running if is_close(cache.logits[b])}
+                doubtful = {b for b in running if is_close(cache.logits[b], session.parity)}
                 if doubtful and session.is_batch_invariant:
                     is_watched = False
                 else:

@@ -27,6 +27,7 @@ Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
 MOST_ROWS = 16  # of a kernel's input at which its bits are tried out: a batch's rows, as a step's tokens
+LEAST_PARITY = 0.1  # which no model is trusted to stay below, however near to it its graphs were
 SHORT_STEP_S = 0.1  # in which no stop is heard: a worker hears it, and takes longer
 FORWARD_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
 
@@ -89,6 +90,14 @@ class Session:
     def is_batch_invariant(self) -> bool:
         """Whether a row's logits have the same bits alone and among others: tried out once."""
         return is_batch_invariant(self, MOST_ROWS)
+
+    @cached_property
+    def parity(self) -> float:
+        """How far logits that kernels add in another order may be from these, as a share of the bound of parity.
+
+        Four times what the export saw, which looked at fewer tokens than a session writes.
+        """
+        return min(1.0, max(LEAST_PARITY, 4 * self._bundle.read_parity()))
 
     def is_step_invariant(self, n_tokens: int) -> bool:
         """Whether a step of so many tokens has the bits of plain ones: tried out once."""

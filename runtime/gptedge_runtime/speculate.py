@@ -58,7 +58,7 @@ class Speculation:
             self._cache.decode(next_ids, should_stop)
         else:
             self._look(next_ids, should_stop)
-        if self._n_exact is not None and is_close(self._cache.logits[0]):
+        if self._n_exact is not None and is_close(self._cache.logits[0], self._session.parity):
             self._read_again(self._n_exact, should_stop)
 
     def _look(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
@@ -163,10 +163,11 @@ class Lookup:
         return draft
 
 
-def is_close(logits: Logits) -> bool:
+def is_close(logits: Logits, parity: float) -> bool:
     """Whether two sound float32 programs, which add in different orders, may find another largest logit of (V,).
 
-    Each differs by at most the bound of parity: ``max(1e-5, 2e-5 * max|logit|)``.
+    Each differs by at most this share of the bound of parity, ``max(1e-5, 2e-5 * max|logit|)``.
     """
     top, lowest = float(logits[logits.argmax()]), float(logits[logits.argmin()])  # max() and min() take thrice as long
-    return int(np.count_nonzero(logits >= top - 2 * max(1e-5, 2e-5 * max(top, -lowest)))) > 1
+    bound = parity * max(1e-5, 2e-5 * max(top, -lowest))
+    return int(np.count_nonzero(logits >= top - 2 * bound)) > 1

@@ -246,15 +246,37 @@ def test_drafts_are_what_followed_the_last_ngram(text: list[int], n_before: int,
 
 
 @pytest.mark.parametrize(
-    ("logits", "close"),
+    ("logits", "parity", "close"),
     [
-        ([1.0, 0.9, -5.0], False),
-        ([1.0, 1.0, -5.0], True),
-        ([0.0, 10.0, 10.0 - 3.9e-4], True),
-        ([0.0, 10.0, 10.0 - 4.1e-4], False),
-        ([-10.0, 1.0, 1.0 - 3.9e-4], True),
-        ([0.0, 1e-6, 2e-6], True),
+        ([1.0, 0.9, -5.0], 1, False),
+        ([1.0, 1.0, -5.0], 0.1, True),
+        ([0.0, 10.0, 10.0 - 3.9e-4], 1, True),
+        ([0.0, 10.0, 10.0 - 4.1e-4], 1, False),
+        ([0.0, 10.0, 10.0 - 0.9e-4], 0.25, True),
+        ([0.0, 10.0, 10.0 - 1.1e-4], 0.25, False),
+        ([-10.0, 1.0, 1.0 - 3.9e-4], 1, True),
+        ([0.0, 1e-6, 2e-6], 1, True),
     ],
 )
-def test_logits_are_close_within_twice_the_bound_of_parity(logits: list[float], close: bool) -> None:
-    assert is_close(np.array(logits, np.float32)) is close
+def test_logits_are_close_within_twice_a_share_of_the_bound_of_parity(
+    logits: list[float], parity: float, close: bool
+) -> None:
+    assert is_close(np.array(logits, np.float32), parity) is close
+
+
+@pytest.mark.parametrize(("seen", "parity"), [(0.0, 0.1), (0.02, 0.1), (0.05, 0.2), (0.9, 1.0)])
+def test_four_times_what_the_export_saw_is_that_share(bundle: Path, seen: float, parity: float) -> None:
+    report = bundle / "export_report.json"
+    document = json.loads(report.read_text("utf-8"))
+    document["worst"]["max_abs_diff"] = seen * document["worst"]["bound"]
+    report.write_text(json.dumps(document), "utf-8")
+    with load(rewrite(bundle, {})) as gpt:
+        assert gpt._session.parity == pytest.approx(parity)
+
+
+def test_without_a_report_it_is_the_whole_bound(bundle: Path) -> None:
+    files = json.loads((bundle / "manifest.json").read_text("utf-8"))["files"]
+    (bundle / "export_report.json").unlink()
+    rewrite(bundle, {"files": [entry for entry in files if entry["path"] != "export_report.json"]})
+    with load(bundle) as gpt:
+        assert gpt._session.parity == 1.0
