@@ -28,8 +28,10 @@ def import_onnxruntime() -> Any:
     os.environ.pop("ORT_LOAD_CONFIG_FROM_MODEL", None)  # a model file must not bring its own session options
     try:
         import onnxruntime
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ProviderError('onnxruntime is not installed: pip install "gptedge[cpu]"') from error
+    except ImportError as error:
+        raise ProviderError("onnxruntime does not load: python -c 'import onnxruntime' says why") from error
     return onnxruntime
 
 

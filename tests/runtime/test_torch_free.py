@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BLOCK = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
+            raise {error}(name + " is blocked")
 sys.meta_path.insert(0, Block())
 """
 OTHERS = [
@@ -32,21 +34,27 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 def test_every_module_imports_and_generates_without_pytorch(bundles: Path) -> None:
-    code = (
-        BLOCK.format(blocked=OTHERS) + IMPORT_ALL + "print(len(gptedge_runtime.load(sys.argv[1]).generate_ids([1, 2])))"
-    )
+    code = BLOCK.format(blocked=OTHERS, error="ModuleNotFoundError") + IMPORT_ALL
+    code += "print(len(gptedge_runtime.load(sys.argv[1]).generate_ids([1, 2])))"
     done = python(code, bundles / "tiny")
     assert (done.stdout, done.stderr) == ("128\n", "")
 
 
-def test_modules_import_without_onnxruntime_and_load_names_the_remedy(bundles: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("ModuleNotFoundError", 'onnxruntime is not installed: pip install "gptedge[cpu]"'),
+        ("ImportError", "onnxruntime does not load: python -c 'import onnxruntime' says why"),
+    ],
+)
+def test_modules_import_without_onnxruntime_and_load_names_the_remedy(bundles: Path, error: str, line: str) -> None:
     code = (
-        BLOCK.format(blocked=["onnxruntime"])
+        BLOCK.format(blocked=["onnxruntime"], error=error)
         + IMPORT_ALL
         + ("try: gptedge_runtime.load(sys.argv[1])\nexcept gptedge_runtime.ProviderError as error: print(error)")
     )
     done = python(code, bundles / "tiny")
-    assert (done.stdout, done.stderr) == ('onnxruntime is not installed: pip install "gptedge[cpu]"\n', "")
+    assert (done.stdout, done.stderr) == (f"{line}\n", "")
 
 
 def test_telemetry_is_off_and_a_model_brings_no_options_of_its_own(bundles: Path) -> None:
