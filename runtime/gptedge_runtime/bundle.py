@@ -139,8 +139,11 @@ class Bundle:
         return data
 
     def read_parity(self) -> float:
-        """Return how far the graphs' logits were from the model's at export, as a share of the bound; 1: not known."""
-        if REPORT not in self.files:
+        """Return how far the graphs' logits were from the model's at export, as a share of float32's bound.
+
+        1 where that is not known, as at int8 and int4, whose bound is another.
+        """
+        if not self.rounds_finely or REPORT not in self.files:
             return 1.0
         worst = parse_json(self.read(REPORT), REPORT).child("worst")
         return worst.number("max_abs_diff") / max(1e-5, worst.number("bound"))  # which is the least bound

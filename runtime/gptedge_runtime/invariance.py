@@ -1,7 +1,7 @@
 """Whether a row's best logits have the same bits whatever is computed along with it, tried out on this machine.
 
-Kernels may add in another order for one row than for many. Those for int8 did not on the processors that were seen
-(docs/performance.md), and what decides is what this one does. Other logits are not looked at: no greedy choice is
+Kernels may add in another order for one row than for many. Which did on the processors that were seen is told in
+docs/batch.md, and what decides is what this one does. Other logits are not looked at: no greedy choice is
 theirs, and a large head computes them roughly.
 """
 

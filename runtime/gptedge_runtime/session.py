@@ -26,7 +26,7 @@ Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 CHUNK_TOKENS = 64  # of a row that is read into a cache of 8 bits: longer ones cost its attention more
-MOST_ROWS = 16  # of a kernel's input at which its bits are tried out: a batch's rows, as a step's tokens
+TRIED_ROWS = 16  # of the batch in which a row's bits are tried out
 LEAST_PARITY = 0.1  # which no model is trusted to stay below, however near to it its graphs were
 SHORT_STEP_S = 0.1  # in which no stop is heard: a worker hears it, and takes longer
 FORWARD_TOKENS = 1024  # of one run at most, unless one row is longer: bounds memory and the time until a stop is heard
@@ -89,7 +89,7 @@ class Session:
     @cached_property
     def is_batch_invariant(self) -> bool:
         """Whether a row's logits have the same bits alone and among others: tried out once."""
-        return is_batch_invariant(self, MOST_ROWS)
+        return is_batch_invariant(self, TRIED_ROWS)
 
     @cached_property
     def parity(self) -> float:
@@ -247,7 +247,7 @@ class Cache:
             let_go(self._session.weights)  # else memory holds what both graphs have read of the file
             prefill.read(rows[0][:begin], key_values, should_stop)
         size = CHUNK_TOKENS if len(rows) == 1 and self._session.cache_dtype == "int8" else longest
-        # float32's attention gives a token other bits where it is the last one and alone in a tile: padding is, instead
+        # float32's attention rounds the last token otherwise where it is alone in a tile: padding is alone, instead
         padding = int(self._session.rounds_finely and longest < self.capacity)
         for start in range(begin, longest, size):
             chunk = [row[start : start + size] for row in rows]
