@@ -60,9 +60,18 @@ class Block(nn.Module):
     def after(self, context: Tensor, x: Tensor) -> Tensor:
         """What follows the attention: each row by itself."""
         x = x + self.out_proj(context)
-        widened: Tensor = self.up(self.norm2(x))  # (B*S, 4D)
-        out: Tensor = x + self.down(F.gelu(widened, approximate=self.gelu))
+        out: Tensor = x + self.down(self.activate(self.up(self.norm2(x))))
         return out
+
+    def activate(self, widened: Tensor) -> Tensor:
+        return F.gelu(widened, approximate=self.gelu)  # (B*S, 4D)
+
+
+class PromptBlock(Block):
+    """The same between layers that take and give columns, as those of ``prefill.onnx`` do: two transpositions fewer."""
+
+    def activate(self, widened: Tensor) -> Tensor:
+        return super().activate(widened.T).T
 
 
 class Stack(nn.Module):
@@ -71,11 +80,13 @@ class Stack(nn.Module):
     With ``int8_cache`` its keys and values are whole numbers of 8 bits.
     """
 
+    block: type[Block] = Block
+
     def __init__(self, model: GPTModel, int8_cache: bool = False) -> None:
         super().__init__()
         self.config, self.int8_cache = model.config, int8_cache
         self.tok_emb, self.pos_emb = model.tok_emb, model.pos_emb
-        self.blocks = nn.ModuleList(Block(block) for block in model.trf_blocks)
+        self.blocks = nn.ModuleList(self.block(block) for block in model.trf_blocks)
         self.final_norm = Norm(model.final_norm)
         self.out_head = model.out_head
 
@@ -236,12 +247,20 @@ class Decode(Stack):
         return attend
 
 
+def round_to_int8(x: Tensor) -> Tensor:
+    """:func:`round_cache` as one operator."""
+    inputs = [x, torch.ones(()), torch.zeros((), dtype=torch.int8)]
+    return torch.onnx.ops.symbolic("QuantizeLinear", inputs, dtype=torch.int8, shape=x.shape)
+
+
 class Prefill(Stack):
     """``prefill.onnx``: keys and values of a part of a prompt, ids (1, S) behind a past of P, and no logits.
 
     Both are int8 (1, n_heads, P, width) in and (1, n_heads, S, width) out, for each layer. What follows a prompt is
     chosen where ``decode.onnx`` reads its last token.
     """
+
+    block = PromptBlock
 
     def forward(self, input_ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         config, width = self.config, past[0][0].shape[3]
@@ -250,15 +269,15 @@ class Prefill(Stack):
         present: list[tuple[Tensor, Tensor]] = []
 
         def split(qkv: Tensor) -> list[Tensor]:
-            """Query, key and value, (1, S, n_heads, width) each; of the latter two the whole numbers are kept."""
-            q, kv = qkv.tensor_split((config.emb_dim,), dim=-1)
-            rows = [x.view(1, -1, config.n_heads, config.head_dim) for x in (q, *round_cache(kv).chunk(2, dim=-1))]
-            q, k, v = (widen(x, width) for x in rows)
-            present.append((k.transpose(1, 2).to(torch.int8), v.transpose(1, 2).to(torch.int8)))
-            return [q, k, v]
+            """Query, key and value, (1, S, n_heads * width) each; of the latter two the whole numbers are kept."""
+            q, kv = qkv.T.split_with_sizes((config.emb_dim, 2 * config.emb_dim))  # (D, S), (2D, S)
+            rows = (q.T, *round_to_int8(kv).T.chunk(2, dim=-1))  # (S, D) each
+            q, k, v = (widen(x.reshape(1, length, config.n_heads, config.head_dim), width) for x in rows)
+            present.append((k.transpose(1, 2), v.transpose(1, 2)))
+            return [x.float().flatten(2) for x in (q, k, v)]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = (x.flatten(2) for x in split(qkv))
+            q, k, v = split(qkv)
             past_k, past_v = (x.float() for x in past[layer])
             context, _, _ = torch.onnx.ops.symbolic_multi_out(
                 "com.microsoft::GroupQueryAttention",

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import onnx_ir as ir
 import torch
 from gptedge_models import GPTModel
 from numpy.typing import NDArray
-from onnx_ir.passes.common import NameFixPass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from torch import Tensor
 
 from .blocks import LEAST, Blocks
@@ -130,10 +131,14 @@ def store_rows(graph: ir.Model, weights: dict[bytes, Blocks]) -> None:
     bound = ops.Where(ops.Cast(is_exact, to=ir.DataType.BOOL), activation_max, ops.Min(activation_max, np.float32(63)))
     graph.graph.insert_before(graph.graph[0], list(ops.nodes))
     graph.graph.outputs.append(is_exact)
+    store_blocks(graph, weights, partial(_multiply_rows, activation_max=bound))
+    for node in graph.graph:
+        if (once := _before_transpose(node.outputs[0])) and (origin := _before_transpose(once)):
+            node.outputs[0].replace_all_uses_with(origin)
+    RemoveUnusedNodesPass()(graph)
     for node in list(graph.graph):
         unread = [value for value in node.outputs if not value.uses() and not value.is_graph_output()]
         node.append([ir.node("Shape", [value]) for value in unread])  # else onnxruntime keeps them to a run's end
-    store_blocks(graph, weights, partial(_multiply_rows, activation_max=bound))
 
 
 def _multiply(node: ir.Node, blocks: Blocks, add: Add) -> list[ir.Node]:
@@ -150,23 +155,42 @@ def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.V
     """``Gemm`` -> ``MatMulIntegerToFloat``, before which each row of the inputs (S, K) is rounded by itself.
 
     The weights stand on the left, as they are stored: ONNX Runtime multiplies unsigned by signed integers twice as fast
-    as other ones, and so the inputs are the signed ones, on the right.
+    as other ones, and so the inputs are the signed ones, on the right. Both inputs and outputs are columns there: what
+    comes of a ``Transpose`` is taken before it, and what goes into one is given without any.
     """
     assert node.op_type == "Gemm"
     ops, x = Ops(), node.inputs[0]
-    steps = ops.Div(ops.Max(ops.ReduceMax(ops.Abs(x), [-1]), np.float32(LEAST)), activation_max)  # (S, 1)
+    turned = _before_transpose(x)
+    if turned is None:
+        largest = ops.ReduceMax(ops.Abs(x), [-1])  # (S, 1)
+    else:
+        x, n_groups = turned, math.gcd(blocks.width, 64)  # (K, S); groups, since a maximum of whole columns is slow
+        groups = ops.Reshape(ops.Abs(x), [n_groups, blocks.width // n_groups, -1])
+        largest = ops.ReduceMax(ops.ReduceMax(groups, [1], keepdims=0), [0])  # (1, S)
+    steps = ops.Div(ops.Max(largest, np.float32(LEAST)), activation_max)
     one, zero = np.float32(1), np.int8(0)
-    columns = ops.Transpose(ops.QuantizeLinear(ops.Div(x, steps), one, zero), perm=[1, 0])  # (K, S)
+    columns = ops.QuantizeLinear(ops.Div(x, steps), one, zero)
+    if turned is None:
+        columns = ops.Transpose(columns, perm=[1, 0])  # (K, S)
     integers = blocks.packed().flatten(1)  # (N, K'), filled up to whole blocks
     if integers.shape[1] > blocks.width:
         columns = ops.Pad(columns, [0, 0, integers.shape[1] - blocks.width, 0])  # (K', S)
     inputs = [add("rows", integers), columns, ops.Constant(value=ir.tensor(one)), ops.Reshape(steps, [-1])]
     inputs += [ops.Constant(value=ir.tensor(number)) for number in (np.uint8(128), zero)]
     product = ops.op("MatMulIntegerToFloat", inputs, domain="com.microsoft", version=1)  # (N, S)
-    out = ops.Mul(ops.Transpose(product, perm=[1, 0]), add("row_scales", blocks.scales[:, 0, 0]))  # (S, N)
+    out = ops.Mul(product, add("row_scales", blocks.scales[:, 0]))
     if len(node.inputs) == 3:
-        ops.Add(out, node.inputs[2])
+        out = ops.Add(out, ops.Unsqueeze(node.inputs[2], [1]))
+    ops.Transpose(out, perm=[1, 0])  # (S, N)
     return list(ops.nodes)
+
+
+def _before_transpose(x: ir.Value | None) -> ir.Value | None:
+    """What ``x`` is the transposed matrix of, where it is one."""
+    node = x.producer() if x else None
+    if node is None or node.op_type != "Transpose" or [*node.attributes["perm"].as_ints()] != [1, 0]:
+        return None
+    return node.inputs[0]
 
 
 def _gather(node: ir.Node, blocks: Blocks, add: Add) -> list[ir.Node]:

@@ -143,6 +143,12 @@ def test_attention_lets_go_of_all_that_it_makes() -> None:
         assert all({graph[position + 1], graph[position + 2]} & set(value.consumers()) for value in node.outputs[1:])
 
 
+def test_nothing_is_transposed_between_the_layers_of_the_feed_forward() -> None:
+    """They take and give columns, four times as many as a layer has inputs; GELU does not mind."""
+    (gelu,) = (node for node in make("heads filled up")[1]["prefill"].graph if node.op_type == "Gelu")
+    assert [node.op_type for node in (gelu.predecessors()[0], *gelu.successors())] == ["Add", "Abs", "Div"]
+
+
 @pytest.mark.parametrize("activation_max", [63, 127])
 def test_rows_are_rounded_by_themselves_and_zeros_stay_zeros(activation_max: int) -> None:
     x = torch.tensor([[1.0, -0.25, 0.0], [100.0, 1.0, -25.0], [0.0, 0.0, 0.0]])
