@@ -132,7 +132,7 @@ def store_rows(graph: ir.Model, weights: dict[bytes, Blocks]) -> None:
     graph.graph.insert_before(graph.graph[0], list(ops.nodes))
     graph.graph.outputs.append(is_exact)
     store_blocks(graph, weights, partial(_multiply_rows, activation_max=bound))
-    for node in graph.graph:
+    for node in graph.graph:  # what is turned there and back is not turned
         if (once := _before_transpose(node.outputs[0])) and (origin := _before_transpose(once)):
             node.outputs[0].replace_all_uses_with(origin)
     RemoveUnusedNodesPass()(graph)
@@ -167,7 +167,7 @@ def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.V
         x, n_groups = turned, math.gcd(blocks.width, 64)  # (K, S); groups, since a maximum of whole columns is slow
         groups = ops.Reshape(ops.Abs(x), [n_groups, blocks.width // n_groups, -1])
         largest = ops.ReduceMax(ops.ReduceMax(groups, [1], keepdims=0), [0])  # (1, S)
-    steps = ops.Div(ops.Max(largest, np.float32(LEAST)), activation_max)
+    steps = ops.Div(ops.Max(largest, np.float32(LEAST)), activation_max)  # (S, 1) or (1, S)
     one, zero = np.float32(1), np.int8(0)
     columns = ops.QuantizeLinear(ops.Div(x, steps), one, zero)
     if turned is None:
@@ -178,7 +178,7 @@ def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.V
     inputs = [add("rows", integers), columns, ops.Constant(value=ir.tensor(one)), ops.Reshape(steps, [-1])]
     inputs += [ops.Constant(value=ir.tensor(number)) for number in (np.uint8(128), zero)]
     product = ops.op("MatMulIntegerToFloat", inputs, domain="com.microsoft", version=1)  # (N, S)
-    out = ops.Mul(product, add("row_scales", blocks.scales[:, 0]))
+    out = ops.Mul(product, add("row_scales", blocks.scales[:, 0]))  # times (N, 1)
     if len(node.inputs) == 3:
         out = ops.Add(out, ops.Unsqueeze(node.inputs[2], [1]))
     ops.Transpose(out, perm=[1, 0])  # (S, N)
