@@ -265,7 +265,6 @@ class Prefill(Stack):
     def forward(self, input_ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         config, width = self.config, past[0][0].shape[3]
         length, past_length = input_ids.shape[1], past[0][0].shape[2]
-        total = torch.full((), past_length + length, dtype=torch.int32)
         present: list[tuple[Tensor, Tensor]] = []
 
         def split(qkv: Tensor) -> list[Tensor]:
@@ -276,22 +275,29 @@ class Prefill(Stack):
             present.append((k.transpose(1, 2), v.transpose(1, 2)))
             return [x.float().flatten(2) for x in (q, k, v)]
 
+        half = length // 2
+        parts = (half, length - half)  # a query of the first half does without the keys of the second
+
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            q, k, v = split(qkv)
-            past_k, past_v = (x.float() for x in past[layer])
-            context, _, _ = torch.onnx.ops.symbolic_multi_out(
-                "com.microsoft::GroupQueryAttention",
-                [q, k, v, past_k, past_v, total.view(1) - 1, total],
-                {
-                    "num_heads": config.n_heads,
-                    "kv_num_heads": config.n_heads,
-                    "do_rotary": 0,
-                    "scale": config.head_dim**-0.5,
-                },
-                dtypes=[q.dtype] * 3,
-                shapes=[q.shape, *[(1, config.n_heads, past_length + length, width)] * 2],
-                version=1,
-            )
+            cached, contexts, end = [x.float() for x in past[layer]], list[Tensor](), past_length
+            for q, k, v in zip(*(x.split_with_sizes(parts, dim=1) for x in split(qkv)), strict=True):
+                end += q.shape[1]
+                total = torch.full((), end, dtype=torch.int32)
+                context, *cached = torch.onnx.ops.symbolic_multi_out(
+                    "com.microsoft::GroupQueryAttention",
+                    [q, k, v, *cached, total.view(1) - 1, total],
+                    {
+                        "num_heads": config.n_heads,
+                        "kv_num_heads": config.n_heads,
+                        "do_rotary": 0,
+                        "scale": config.head_dim**-0.5,
+                    },
+                    dtypes=[q.dtype] * 3,
+                    shapes=[q.shape, *[(1, config.n_heads, end, width)] * 2],
+                    version=1,
+                )
+                contexts.append(context)
+            context = torch.cat(contexts, dim=1)  # (1, S, n_heads * width)
             return context.view(-1, config.n_heads, width)[..., : config.head_dim].flatten(1)  # (S, D)
 
         x = self.before_last(input_ids, past_length + torch.arange(length), attend)  # (S, D)

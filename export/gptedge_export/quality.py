@@ -100,11 +100,11 @@ def measure(model: GPTModel, folder: Path, precision: str, texts: Texts, name: s
         eager, onnx = eager_logits(model, row)[0], graph.run(input_ids=row)[0][0]  # (T, V)
         largest = max(largest, float(np.abs(eager - onnx).max()))
         sums += _compare(eager, onnx, row[0])
-        if has_prefill:
+        if has_prefill and half > 1:
             onnx, _ = behind_prompt(**cached, ids=row, n_prompt=half, activation_max=min(ACTIVATION_MAX))
             behind += _compare(eager[half:], onnx[0], row[0, half:])
     tokens, predicted = sum(map(len, texts)), max(1, sum(len(ids) - 1 for ids in texts))
-    tokens_behind = sum(len(ids) - len(ids) // 2 for ids in texts)
+    tokens_behind = sum(len(ids) - len(ids) // 2 for ids in texts if len(ids) > 3) if has_prefill else 0
     perplexity, fp32_perplexity = np.exp(np.minimum(sums[3:] / predicted, 700))  # float64 ends at e^709
     known = max(map(len, texts)) > 1 and bool(fp32_perplexity < model.config.vocab_size / 2)
     sure = known and bool(fp32_perplexity < SURE_PERPLEXITY)
@@ -117,8 +117,8 @@ def measure(model: GPTModel, folder: Path, precision: str, texts: Texts, name: s
         max_kl_nats=MAX_KL_NATS[precision],
         top1_agreement=float(sums[2] / tokens),
         min_top1_agreement=MIN_TOP1_AGREEMENT[precision],
-        kl_nats_behind_prompts=float(behind[1] / tokens_behind) if has_prefill else None,
-        top1_agreement_behind_prompts=float(behind[2] / tokens_behind) if has_prefill else None,
+        kl_nats_behind_prompts=float(behind[1] / tokens_behind) if tokens_behind else None,
+        top1_agreement_behind_prompts=float(behind[2] / tokens_behind) if tokens_behind else None,
         judged=["top1_agreement"] * sure + ["kl_nats"] * known,
         perplexity=float(perplexity),
         fp32_perplexity=float(fp32_perplexity),

@@ -16,10 +16,8 @@ GRAPH = "prefill"
 MIN_TOKENS = 96
 """Of a prompt that is read with it; shorter ones gain less than opening the graph takes."""
 ACTIVATION_MAX = 127  # to which the graph rounds inputs of layers; it takes 63 where more than that is not exact
-WHOLE_TOKENS = 512
-"""Of a prompt at most that is read in one run: each run reads all weights from the file."""
-PART_TOKENS = 256
-"""Of one run of a longer one: attention holds a number for each token of a part and each before it."""
+PART_TOKENS = 768
+"""Of one run at most: each reads all weights from the file, and attention holds numbers for each two tokens."""
 
 
 def contract(model: ModelConfig) -> GraphSpec:
@@ -53,7 +51,7 @@ class Prefill:
             let_go(self._weights)  # what layers have read: memory need not hold it until the next part
             return should_stop()
 
-        end, n_parts = 0, 1 if len(token_ids) <= WHOLE_TOKENS else -(-len(token_ids) // PART_TOKENS)
+        end, n_parts = 0, -(-len(token_ids) // PART_TOKENS)
         for ids in np.array_split(np.array(token_ids, np.int64), n_parts):
             begin, end = end, end + len(ids)
             present = self._run(ids, key_values, begin, stop)
