@@ -1,4 +1,4 @@
-"""An int8 bundle's prompts by decode.onnx and by prefill.onnx: prompts.py BUNDLE [--lengths 96,128,...] [--rounds 9].
+"""A bundle's prompts by decode.onnx and by prefill.onnx: prompts.py BUNDLE [--lengths 96,128,...] [--rounds 9].
 
 Milliseconds of a prompt, medians of rounds in turns, and of the first one of a process, for which prefill.onnx has to
 be opened; the peak of that process's memory, and the largest difference of a key or value, in steps of 8 bits.
@@ -25,7 +25,7 @@ LEAST = {"decode": sys.maxsize, "prefill": 0}
 
 def read(session: Session, graph: str, length: int) -> tuple[float, list[Any]]:
     """Milliseconds, keys and values."""
-    module.MIN_TOKENS = LEAST[graph]
+    module.MIN_TOKENS = dict.fromkeys(module.MIN_TOKENS, LEAST[graph])
     ids = np.random.default_rng(length).integers(session.model.vocab_size, size=length).tolist()
     cache = session.new_cache(1, length)
     started = time.perf_counter()

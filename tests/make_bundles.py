@@ -5,7 +5,7 @@ tests/gpu, and FOLDER/outliers, one layer of it with a large value in every toke
 It needs PyTorch; the tests of the runtime do not. FOLDER/tiny is a random model whose context ends soon, FOLDER/odd one
 of unusual sizes, FOLDER/demo the demo model; beside each stands a .npz with what the book's own functions answer.
 FOLDER/close is a model whose every choice the last bits of the logits decide; FOLDER/int8 and FOLDER/int4 are tiny at
-those precisions. FOLDER/long is at int8, with a context of 160 tokens.
+those precisions, FOLDER/long-int8 and FOLDER/long-int4 with contexts in which prompts are long.
 """
 
 import sys
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 TINY = GPTConfig(vocab_size=270, context_length=32, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0, qkv_bias=True)
 ODD = GPTConfig(vocab_size=257, context_length=7, emb_dim=15, n_heads=3, n_layers=1, drop_rate=0.0)
-LONG = replace(TINY, context_length=160)
+LONG = {"int8": replace(TINY, context_length=160), "int4": replace(TINY, context_length=320)}
 LENGTHS = (1, 2, 5, 17, 31, 32, 40)  # of prompts: up to the context, at it, beyond it
 MIN_MARGIN = 1e-3  # between the two largest logits of every choice, far above the rounding of any CPU
 
@@ -79,9 +79,9 @@ def main(folder: Path) -> None:
     write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
     for precision in ("int8", "int4"):
         export_bundle(model, folder / precision, vocabulary=tiny_vocabulary(), precision=precision, force=True)
-    export_bundle(
-        random_model(LONG, gain=1), folder / "long", vocabulary=tiny_vocabulary(), precision="int8", force=True
-    )
+    for precision, config in LONG.items():
+        model, out = random_model(config, gain=1), folder / f"long-{precision}"
+        export_bundle(model, out, vocabulary=tiny_vocabulary(), precision=precision, force=True)
     model = random_model(TINY)
     head = model.out_head.weight.data
     head[1:4] = head[0] * torch.tensor([[1.0], [-1.0], [-1.0]]) * (1 + 1e-7 * torch.randn(3, TINY.emb_dim))

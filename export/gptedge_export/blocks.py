@@ -13,6 +13,9 @@ MAX_BLOCK_SIZE = {8: 64, 4: 256}
 """By bits. Up to 64 the kernel for 8 bits gives a row the same bits alone and among others, so that batches and drafts
 turn no token. For 4 bits the largest block is the fastest with VNNI, a tenth behind without (docs/performance.md)."""
 
+MULTIPLES = {8: [1], 4: [*range(-15, 0), *range(1, 16)]}
+"""By bits: how often the step of a row may be in a scale. Times an integer of so many bits it is one of 8 bits."""
+
 LEAST = 1e-12
 """A row of activations that is all but zero has the scale of one with this largest magnitude."""
 
@@ -24,13 +27,15 @@ _SCALES = torch.linspace(0.7, 1.1, 17).tolist()
 class Blocks:
     """A weight (N, K): ``integers`` int8 (N, n_blocks, block_size) times ``scales`` float32 (N, n_blocks, 1).
 
-    Past K the last block is filled up with zeros.
+    Past K the last block is filled up with zeros. With ``steps`` float32 (N, 1) the scales of a row are whole multiples
+    of its step, and so are its weights: from -128 to 127.
     """
 
     integers: Tensor
     scales: Tensor
     bits: int
     width: int
+    steps: Tensor | None = None
 
     def dense(self) -> Tensor:
         """Return the weight, float32 (N, K)."""
@@ -87,18 +92,16 @@ def round_by_inputs(weight: Tensor, bits: int, moments: Tensor, *, by_row: bool 
 
     ``moments`` float64 (K', K') is the sum of x x^T over inputs x that the layer sees, K filled up to whole blocks
     (GPTQ: Frantar et al., 2022, arXiv 2210.17323, with the scale of a block chosen when its turn comes). ``by_row``:
-    all blocks of an output have one scale.
+    the blocks of an output have ``steps``.
     """
     blocks = in_blocks(weight, bits).clone()  # (N, n_blocks, block_size)
     size = blocks.shape[2]
     factor = _inverse_root(moments).float()  # (K', K'), upper triangular
     integers, scales = torch.empty_like(blocks), torch.empty_like(blocks[..., :1])
-    if by_row:
-        scales[:] = _best_scales(blocks.flatten(1), bits)[:, None]
+    steps = _row_steps(blocks, bits) if by_row else None
     for i in range(blocks.shape[1]):
         columns, errors = blocks[:, i], torch.empty_like(blocks[:, i])  # (N, block_size)
-        if not by_row:
-            scales[:, i] = _best_scales(columns, bits)
+        scales[:, i] = _best_scales(columns, bits, steps)
         square = factor[i * size : (i + 1) * size]
         for j in range(size):
             place = i * size + j
@@ -108,7 +111,7 @@ def round_by_inputs(weight: Tensor, bits: int, moments: Tensor, *, by_row: bool 
             columns[:, j:] -= errors[:, [j]] * square[j, place : (i + 1) * size]
         rest = blocks[:, i + 1 :]
         rest -= (errors @ square[:, (i + 1) * size :]).view_as(rest)
-    return Blocks(integers.to(torch.int8), scales, bits, weight.shape[1])
+    return Blocks(integers.to(torch.int8), scales, bits, weight.shape[1], steps)
 
 
 def _inverse_root(moments: Tensor) -> Tensor:
@@ -119,15 +122,27 @@ def _inverse_root(moments: Tensor) -> Tensor:
     return factor
 
 
-def _best_scales(blocks: Tensor, bits: int) -> Tensor:
+def _row_steps(blocks: Tensor, bits: int) -> Tensor:
+    """Return (N, 1) for blocks (N, n_blocks, block_size): at 8 bits the scale of all, at 4 a part of the largest."""
+    if bits == 8:
+        return _best_scales(blocks.flatten(1), bits)
+    steps: Tensor = _best_scales(blocks, bits).abs().amax(1) / MULTIPLES[bits][-1]
+    return steps
+
+
+def _best_scales(blocks: Tensor, bits: int, steps: Tensor | None = None) -> Tensor:
     """Return scales (..., 1) for blocks (..., block_size): from several, the one of the least squared error.
 
-    The value of the largest magnitude falls on the lowest integer, of which there is one more than of positive ones.
+    They are multiples of ``steps`` (..., 1). Without any the value of the largest magnitude falls on the lowest
+    integer, of which there is one more than of positive ones.
     """
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    if steps is None:
+        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+        tried = (_nonzero(extreme * share / -(2 ** (bits - 1))) for share in _SCALES)
+    else:
+        tried = (steps * multiple for multiple in MULTIPLES[bits])
     best = least = None
-    for share in _SCALES:
-        scales = _nonzero(extreme * share / -(2 ** (bits - 1)))
+    for scales in tried:
         error = (_integers(blocks, scales, bits) * scales - blocks).square_().sum(-1, keepdim=True)
         best = scales if best is None or least is None else torch.where(error < least, scales, best)
         least = error if least is None else torch.minimum(error, least)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .blocks import LEAST, Blocks
 from .errors import ExportError
 from .operators import Ops
-from .quantise import PREFILL_BITS, quantise
+from .quantise import quantise
 
 BITS = {"int8": 8, "int4": 4}
 """Of a weight, at the precisions that round activations too."""
@@ -64,7 +64,7 @@ def prepare(model: GPTModel, precision: str, texts: Sequence[Sequence[int]], *, 
     quantised = quantise(model, BITS[precision], texts, progress=progress)
     table = {_digest(blocks.dense().numpy()): blocks for blocks in quantised.weights}
     store = partial(store_blocks, weights=table, multiply=_multiply)
-    by_row = partial(store_rows, weights=table) if BITS[precision] == PREFILL_BITS else None
+    by_row = partial(store_rows, weights=table)
     return Prepared(quantised.model, True, store, quantised.as_computed, by_row, quantised.rough_head)
 
 
@@ -172,17 +172,41 @@ def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.V
     columns = ops.QuantizeLinear(ops.Div(x, steps), one, zero)
     if turned is None:
         columns = ops.Transpose(columns, perm=[1, 0])  # (K, S)
-    integers = blocks.packed().flatten(1)  # (N, K'), filled up to whole blocks
-    if integers.shape[1] > blocks.width:
-        columns = ops.Pad(columns, [0, 0, integers.shape[1] - blocks.width, 0])  # (K', S)
-    inputs = [add("rows", integers), columns, ops.Constant(value=ir.tensor(one)), ops.Reshape(steps, [-1])]
+    width = blocks.integers[0].numel()
+    if width > blocks.width:
+        columns = ops.Pad(columns, [0, 0, width - blocks.width, 0])  # (K', S)
+    assert blocks.steps is not None
+    row_steps = add("steps", blocks.steps)  # (N, 1)
+    if blocks.bits == 8:
+        rows = add("rows", blocks.packed().flatten(1))  # (N, K')
+    else:
+        rows = _unpack(ops, blocks, add("integers", blocks.packed()), add("scales", blocks.scales[..., 0]), row_steps)
+        pairs = ops.Reshape(columns, [width // 2, 2, -1])
+        columns = ops.Reshape(ops.Transpose(pairs, perm=[1, 0, 2]), [width, -1])
+    inputs = [rows, columns, ops.Constant(value=ir.tensor(one)), ops.Reshape(steps, [-1])]
     inputs += [ops.Constant(value=ir.tensor(number)) for number in (np.uint8(128), zero)]
     product = ops.op("MatMulIntegerToFloat", inputs, domain="com.microsoft", version=1)  # (N, S)
-    out = ops.Mul(product, add("row_scales", blocks.scales[:, 0]))  # times (N, 1)
+    out = ops.Mul(product, row_steps)
     if len(node.inputs) == 3:
         out = ops.Add(out, ops.Unsqueeze(node.inputs[2], [1]))
     ops.Transpose(out, perm=[1, 0])  # (S, N)
     return list(ops.nodes)
+
+
+def _unpack(ops: Ops, blocks: Blocks, integers: ir.Value, scales: ir.Value, steps: ir.Value) -> ir.Value:
+    """Weights of 4 bits as multiples of their rows' steps, uint8 (N, K'): all even columns, then all odd ones.
+
+    A byte holds an even and an odd one, which are masked and left where they stand: the odd ones are 16 times as large.
+    """
+    n_rows, n_blocks, size = blocks.integers.shape
+    masked = ops.BitwiseAnd(ops.Reshape(integers, [n_rows, 1, -1]), np.array([[0x0F], [0xF0]], np.uint8))
+    multiples = ops.Unsqueeze(ops.Round(ops.Div(scales, steps)), [1])  # (N, 1, n_blocks)
+    factors = ops.Mul(multiples, np.array([[1], [1 / 16]], np.float32))  # (N, 2, n_blocks)
+    zeros = ops.Expand(np.array([[8], [8 * 16]], np.uint8), [n_rows, 2, n_blocks])
+    parts = [ops.Reshape(masked, [-1, size // 2]), ops.Reshape(factors, [-1]), ops.Reshape(zeros, [-1])]
+    whole = ops.Reshape(ops.DequantizeLinear(*parts, axis=0), [n_rows, n_blocks * size])
+    rows: ir.Value = ops.QuantizeLinear(whole, np.float32(1), np.uint8(128))
+    return rows
 
 
 def _before_transpose(x: ir.Value | None) -> ir.Value | None:

@@ -18,9 +18,6 @@ from .shortlist import ROUGH_BITS
 TABLE_BITS = 8
 """Of the token table at each precision: a row is read for each token, so it costs size and no speed."""
 
-PREFILL_BITS = 8
-"""Of the weights that ``prefill.onnx`` reads: a row of them has one scale, so that sums stay integers to their end."""
-
 Run = Callable[[Tensor], Tensor]
 
 
@@ -73,7 +70,7 @@ def quantise(model: GPTModel, bits: int, texts: Sequence[Sequence[int]], *, prog
             att, (up, _, down) = block.att, block.ff.layers
             _smooth(block, inputs)
             groups = [[att.W_query, att.W_key, att.W_value], [att.out_proj], [up], [down]]
-            rounded.weights.extend(_round_layers(groups, bits, inputs, block, by_row=bits == PREFILL_BITS))
+            rounded.weights.extend(_round_layers(groups, bits, inputs, block, by_row=True))
             for layer in (att.W_key, att.W_value):
                 layer.register_forward_hook(_round_output)
             inputs = [block(x) for x in inputs]

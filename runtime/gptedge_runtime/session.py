@@ -77,7 +77,7 @@ class Session:
 
     def prefill_of(self, n_tokens: int) -> Prefill | None:
         """Return what reads a prompt of so many tokens alone; None where it is ``decode`` as well."""
-        return self._prefill if n_tokens > MIN_TOKENS else None
+        return self._prefill if n_tokens > MIN_TOKENS.get(self.precision, n_tokens) else None
 
     @cached_property
     def _prefill(self) -> Prefill | None:

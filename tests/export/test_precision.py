@@ -15,7 +15,7 @@ from gptedge_export import ExportError, Vocabulary, export_bundle, load_vocabula
 from gptedge_export.blocks import Blocks, block_size, round_by_inputs, round_to_nearest
 from gptedge_export.cli import command
 from gptedge_export.errors import ParityError
-from gptedge_export.precision import prepare
+from gptedge_export.precision import BITS, prepare
 from gptedge_export.quality import MIN_TOP1_AGREEMENT, measure, sample_texts
 from gptedge_export.quantise import _smooth, quantise
 from gptedge_export.reshapes import drop_reshapes
@@ -95,9 +95,23 @@ def test_rounding_by_inputs_loses_less_in_the_outputs() -> None:
     assert errors[0] < 0.5 * errors[1]  # these inputs leave many directions in which errors cost nothing
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_multiples_of_their_rows_steps_and_have_8_bits(bits: int) -> None:
+    """By which ``prefill.onnx`` multiplies whole rows of integers, with whatever scales their blocks have."""
+    torch.manual_seed(0)
+    weight = torch.randn(32, 192) * torch.rand(32, 12).repeat_interleave(16, dim=1) ** 3
+    blocks = round_by_inputs(weight, bits, torch.eye(192, dtype=torch.float64), by_row=True)
+    assert blocks.steps is not None
+    multiples = blocks.integers * blocks.scales / blocks.steps[:, None]
+    torch.testing.assert_close(multiples, multiples.round(), rtol=0, atol=1e-4)  # float32's division
+    assert multiples.min() > -128.5
+    assert multiples.max() < 127.5
+
+
 def test_a_zero_matrix_stays_zero() -> None:
-    weight = torch.zeros(3, 20)
-    for blocks in (round_to_nearest(weight, 4), round_by_inputs(weight, 4, torch.zeros(32, 32, dtype=torch.float64))):
+    weight, moments = torch.zeros(3, 20), torch.zeros(32, 32, dtype=torch.float64)
+    by_inputs = [round_by_inputs(weight, bits, moments, by_row=by_row) for bits in (4, 8) for by_row in (False, True)]
+    for blocks in (round_to_nearest(weight, 4), *by_inputs):
         assert torch.equal(blocks.dense(), weight)
 
 
@@ -111,7 +125,7 @@ def test_the_demo_keeps_its_choices(demo_bundle: Path) -> None:
 
 
 def test_a_bundle_of_the_demo_verifies_and_tells(demo_bundle: Path) -> None:
-    assert verify(demo_bundle).graphs == (5 if demo_bundle.name == "int8" else 4)  # and prefill
+    assert verify(demo_bundle).graphs == (5 if demo_bundle.name in BITS else 4)  # and prefill
     with load(demo_bundle) as gpt:
         assert gpt.generate(PROMPT, max_new_tokens=80).startswith(" found ")
 

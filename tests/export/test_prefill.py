@@ -13,7 +13,6 @@ from gptedge_export.blocks import round_rows
 from gptedge_export.errors import ParityError
 from gptedge_export.graph_run import Graph
 from gptedge_export.precision import Prepared, prepare
-from gptedge_export.reshapes import drop_reshapes
 from gptedge_export.trace import trace
 from gptedge_export.verify import verify_prefill
 from gptedge_models import GPTConfig, GPTModel
@@ -30,20 +29,19 @@ IDS = np.random.default_rng(0).integers(90, size=(1, 24))
 
 
 @functools.cache
-def _traced(config: str, opset: int) -> tuple[Prepared, dict[str, ir.Model]]:
+def _traced(config: str, precision: str, opset: int) -> tuple[Prepared, dict[str, ir.Model]]:
     torch.manual_seed(0)
-    prepared = prepare(GPTModel(CONFIGS[config]), "int8", [IDS[0].tolist()], progress=False)
+    prepared = prepare(GPTModel(CONFIGS[config]), precision, [IDS[0].tolist()], progress=False)
     assert prepared.store_prefill is not None
     graphs = {name: trace(prepared.model, name, opset, prepared.int8_cache) for name in ("prefill", "decode")}
     prepared.store_prefill(graphs["prefill"])
     prepared.store(graphs["decode"])
-    drop_reshapes(graphs["decode"])
     return prepared, graphs
 
 
-def make(config: str, opset: int = 20) -> tuple[Prepared, dict[str, ir.Model]]:
+def make(config: str, precision: str = "int8", opset: int = 20) -> tuple[Prepared, dict[str, ir.Model]]:
     """Only the two graphs that read a prompt, of one of ``CONFIGS``; each caller has its own."""
-    prepared, graphs = _traced(config, opset)
+    prepared, graphs = _traced(config, precision, opset)
     return prepared, {name: graph.clone() for name, graph in graphs.items()}
 
 
@@ -54,9 +52,15 @@ def save(graphs: dict[str, ir.Model], folder: Path) -> int:
     return (folder / "onnx" / "model.onnx_data").stat().st_size
 
 
+@pytest.fixture(params=["int8", "int4"])
+def precision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(params=[*CONFIGS, "opset 18"])
-def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Prepared, Path]:
-    prepared, graphs = make("blocks filled up", 18) if request.param == "opset 18" else make(request.param)
+def exported(request: pytest.FixtureRequest, precision: str, tmp_path: Path) -> tuple[Prepared, Path]:
+    is_old = request.param == "opset 18"
+    prepared, graphs = make("blocks filled up", precision, 18) if is_old else make(request.param, precision)
     save(graphs, tmp_path)
     return prepared, tmp_path
 
@@ -106,16 +110,18 @@ def test_in_parts_it_reads_the_same(exported: tuple[Prepared, Path]) -> None:
         assert np.abs(whole.astype(int) - parts).max() <= 1
 
 
-def test_it_is_held_against_the_model(exported: tuple[Prepared, Path]) -> None:
+def test_it_is_held_against_the_model(exported: tuple[Prepared, Path], precision: str) -> None:
     prepared, folder = exported
-    checks = verify_prefill(prepared, folder, precision="int8")
+    checks = verify_prefill(prepared, folder, precision=precision)
     assert {check.graph for check in checks} == {"prefill"}
     assert max(check.length for check in checks) == 8
 
 
-@pytest.mark.parametrize("part", ["row_scales", "rows"])
-def test_another_weight_fails_the_export(part: str, tmp_path: Path) -> None:
-    prepared, graphs = make("one layer")
+@pytest.mark.parametrize(
+    ("precision", "part"), [("int8", "steps"), ("int8", "rows"), ("int4", "scales"), ("int4", "integers")]
+)
+def test_another_weight_fails_the_export(precision: str, part: str, tmp_path: Path) -> None:
+    prepared, graphs = make("one layer", precision)
     values = graphs["prefill"].graph.initializers
     (name,) = (name for name in values if ".qkv." in name and name.endswith(f".{part}"))
     given = values[name].const_value
@@ -123,12 +129,12 @@ def test_another_weight_fails_the_export(part: str, tmp_path: Path) -> None:
     values[name].const_value = ir.tensor(given.numpy()[::-1].copy(), name=name)
     save(graphs, tmp_path)
     with pytest.raises(ParityError, match=r"prefill\.onnx differs from the model by"):
-        verify_prefill(prepared, tmp_path, precision="int8")
+        verify_prefill(prepared, tmp_path, precision=precision)
 
 
-def test_the_weights_are_stored_once(tmp_path: Path) -> None:
-    """But for a scale each output, which all its blocks have in common."""
-    _, graphs = make("one layer")
+def test_the_weights_are_stored_once(precision: str, tmp_path: Path) -> None:
+    """But for a step each output, of which all its scales are multiples."""
+    _, graphs = make("one layer", precision)
     alone = save({"decode": graphs["decode"]}, tmp_path / "alone")
     assert save(graphs, tmp_path / "both") < 1.05 * alone
 

@@ -59,7 +59,7 @@ def test_a_bundle_whose_file_has_left_memory_writes_the_same(bundles: Path, name
 
 @needs_proc
 def test_when_a_prompt_is_read_its_weights_have_left_memory(bundles: Path) -> None:
-    bundle, file = open_bundle(bundles / "long"), bundles / "long" / "onnx" / "model.onnx_data"
+    bundle, file = open_bundle(bundles / "long-int8"), bundles / "long-int8" / "onnx" / "model.onnx_data"
     session = Session(bundle, provider="cpu", threads=1)
     buffers = session.new_key_values(1, 160)
     before, prefill = kilobytes_in_memory(file), Prefill(bundle, 1)
@@ -73,8 +73,8 @@ def test_weights_leave_memory_each_time_that_a_stop_is_asked_for(
     bundles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which is while the graph runs; how much it has read by then is a matter of time."""
-    prefill, calls = Prefill(open_bundle(bundles / "long"), 1), list[object]()
-    session = Session(open_bundle(bundles / "long"), provider="cpu", threads=1)
+    prefill, calls = Prefill(open_bundle(bundles / "long-int8"), 1), list[object]()
+    session = Session(open_bundle(bundles / "long-int8"), provider="cpu", threads=1)
     monkeypatch.setattr("gptedge_runtime.prefill.let_go", calls.append)
 
     def asked() -> bool:

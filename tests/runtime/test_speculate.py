@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 Models = dict[str, GPT]
 N_RANDOM = 4
-NAMES = ["tiny", "odd", "demo", "close", "int8", "int4", "long"]
+NAMES = ["tiny", "odd", "demo", "close", "int8", "int4", "long-int8"]
 
 short = st.lists(st.integers(0, 256), min_size=1, max_size=12)
 repetitive = st.builds(lambda head, period, times: head + period * times, short, short, st.integers(1, 8))
@@ -184,8 +184,8 @@ def test_wrong_drafts_come_again_when_plain_steps_have_earned_them(
     monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
     monkeypatch.setattr(speculate, "SHORT_FROM_STEPS", 0)
     monkeypatch.setattr(Cache, "cost", lambda cache, n_tokens: 2.0)
-    monkeypatch.setattr(models["long"]._session, "is_step_invariant", lambda n_tokens: True)
-    plain = run(models["long"], [1, 2], 140, speculate=False)
+    monkeypatch.setattr(models["long-int8"]._session, "is_step_invariant", lambda n_tokens: True)
+    plain = run(models["long-int8"], [1, 2], 140, speculate=False)
     drafted: list[int] = []
 
     def wrong(lookup: Lookup, count: int) -> list[int]:
@@ -193,7 +193,7 @@ def test_wrong_drafts_come_again_when_plain_steps_have_earned_them(
         return [(plain[len(lookup._row) - 2] + 1) % 256] * count
 
     monkeypatch.setattr(Lookup, "draft", lambda lookup, count: [] if count > 1 else wrong(lookup, count))
-    assert run(models["long"], [1, 2], 140, speculate=True) == plain
+    assert run(models["long-int8"], [1, 2], 140, speculate=True) == plain
     assert drafted == [4, 133]
 
 
