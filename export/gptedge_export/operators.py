@@ -1,5 +1,6 @@
 """Short notation for the operators that are put into a graph after it was traced."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,17 @@ class Ops(ir.tape.Tape):
     """Operators by name, ``ops.Concat(a, b, axis=1)``; a number, list or array among the inputs becomes a constant."""
 
     def __getattr__(self, name: str) -> Any:
-        def add(*inputs: Any, **attributes: Any) -> ir.Value:
-            values = [x if isinstance(x, ir.Value) else self.Constant(value=ir.tensor(np.array(x))) for x in inputs]
-            return self.op(name, values, attributes)
+        return partial(self._add, name)
 
-        return add
+    def contrib(self, name: str, *inputs: Any, **attributes: Any) -> ir.Value:
+        """The same for one of ONNX Runtime's own operators."""
+        return self._add(name, *inputs, **attributes, domain="com.microsoft", version=1)
+
+    def _add(
+        self, name: str, *inputs: Any, domain: str = "", version: int | None = None, **attributes: Any
+    ) -> ir.Value:
+        values = [x if isinstance(x, ir.Value) else self.Constant(value=ir.tensor(np.array(x))) for x in inputs]
+        return self.op(name, values, attributes, domain=domain, version=version)
 
     def loop(self, count: ir.Value, body: ir.Graph, carried: list[ir.Value]) -> list[ir.Value]:
         """Repeat ``body`` at most ``count`` times, while its first output is true; returns its other outputs."""

@@ -183,10 +183,8 @@ def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.V
         rows = _unpack(ops, blocks, add("integers", blocks.packed()), add("scales", blocks.scales[..., 0]), row_steps)
         pairs = ops.Reshape(columns, [width // 2, 2, -1])
         columns = ops.Reshape(ops.Transpose(pairs, perm=[1, 0, 2]), [width, -1])
-    inputs = [rows, columns, ops.Constant(value=ir.tensor(one)), ops.Reshape(steps, [-1])]
-    inputs += [ops.Constant(value=ir.tensor(number)) for number in (np.uint8(128), zero)]
-    product = ops.op("MatMulIntegerToFloat", inputs, domain="com.microsoft", version=1)  # (N, S)
-    out = ops.Mul(product, row_steps)
+    inputs = [rows, columns, one, ops.Reshape(steps, [-1]), np.uint8(128), zero]
+    out = ops.Mul(ops.contrib("MatMulIntegerToFloat", *inputs), row_steps)  # (N, S)
     if len(node.inputs) == 3:
         out = ops.Add(out, ops.Unsqueeze(node.inputs[2], [1]))
     ops.Transpose(out, perm=[1, 0])  # (S, N)
@@ -198,14 +196,14 @@ def _unpack(ops: Ops, blocks: Blocks, integers: ir.Value, scales: ir.Value, step
 
     A byte holds an even and an odd one, which are masked and left where they stand: the odd ones are 16 times as large.
     """
-    n_rows, n_blocks, size = blocks.integers.shape
-    masked = ops.BitwiseAnd(ops.Reshape(integers, [n_rows, 1, -1]), np.array([[0x0F], [0xF0]], np.uint8))
-    multiples = ops.Unsqueeze(ops.Round(ops.Div(scales, steps)), [1])  # (N, 1, n_blocks)
-    factors = ops.Mul(multiples, np.array([[1], [1 / 16]], np.float32))  # (N, 2, n_blocks)
-    zeros = ops.Expand(np.array([[8], [8 * 16]], np.uint8), [n_rows, 2, n_blocks])
-    parts = [ops.Reshape(masked, [-1, size // 2]), ops.Reshape(factors, [-1]), ops.Reshape(zeros, [-1])]
-    whole = ops.Reshape(ops.DequantizeLinear(*parts, axis=0), [n_rows, n_blocks * size])
-    rows: ir.Value = ops.QuantizeLinear(whole, np.float32(1), np.uint8(128))
+    multiples = ops.Unsqueeze(ops.Round(ops.Div(scales, steps)), [-1])  # (N, n_blocks, 1)
+    shifted = ops.Cast(ops.Add(multiples, np.float32(128)), to=ir.DataType.UINT8)
+    one, zero, halves = np.float32(1), np.uint8(128), list[ir.Value]()
+    for mask, scale, middle in ((0x0F, 1, 8), (0xF0, 1 / 16, 8 * 16)):
+        masked = ops.BitwiseAnd(integers, np.uint8(mask))  # (N, n_blocks, block_size / 2)
+        inputs = [masked, np.float32(scale), np.uint8(middle), shifted, one, zero, one, zero]
+        halves.append(ops.Reshape(ops.contrib("QLinearMul", *inputs), [len(blocks.integers), -1]))
+    rows: ir.Value = ops.Concat(*halves, axis=1)
     return rows
 
 

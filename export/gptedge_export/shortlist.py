@@ -40,7 +40,7 @@ def look_twice(model: ir.Model, rough: Blocks) -> None:
     width, ops = rough.width, Ops()
     attributes = {"K": width, "N": len(rough.integers), "bits": ROUGH_BITS, "block_size": rough.integers.shape[2]}
     attributes["accuracy_level"] = 4
-    logits = ops.op("MatMulNBits", [given, *weights], attributes, domain="com.microsoft", version=1)  # (..., V)
+    logits = ops.contrib("MatMulNBits", given, *weights, **attributes)  # (..., V)
     old: Any = head.outputs[0]
     outer = [0] * (1 if old.shape is None else len(old.shape) - 1)  # axes before the last, which stay as they are
     best = _best(ops, logits, outer, len(rough.integers))  # (..., k)
