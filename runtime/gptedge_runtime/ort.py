@@ -84,6 +84,7 @@ def open_graph(
     if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_mem_pattern = False  # it would plan memory for each length anew, and keep all that it planned
+        options.enable_mem_reuse = False  # it keeps what one layer frees for the next, of each size
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # usual: all of the past first
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
-from .errors import BundleError
 from .limits import ShouldStop, in_worker
 from .mapped import let_go, newly_mapped
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
@@ -55,31 +54,32 @@ class Prefill:
         end, n_parts = 0, -(-len(token_ids) // PART_TOKENS)
         for ids in np.array_split(np.array(token_ids, np.int64), n_parts):
             begin, end = end, end + len(ids)
-            present = self._run(ids, key_values, begin, stop)
-            for buffer, array in zip(key_values, present, strict=True):
-                new = buffer[:, :, begin:end]
-                if array.shape != new.shape:  # onnxruntime does not hold a graph to its own shapes
-                    raise BundleError(
-                        f"the graph {GRAPH} answers in another shape than it says: export the bundle again"
-                    )
-                new[:] = array
+            self._read_part(ids, [(buffer[:, :, :begin], buffer[:, :, begin:end]) for buffer in key_values], stop)
         let_go(self._weights)
 
-    def _run(
-        self, ids: NDArray[np.int64], key_values: Sequence[NDArray[Any]], n_past: int, should_stop: ShouldStop
-    ) -> list[NDArray[Any]]:
-        """Return keys and values of ids (S,) behind the first ``n_past`` ones of these buffers."""
-        options = run_options(self._ort)
-        feeds: dict[str, NDArray[Any]] = {"input_ids": ids[None]}
-        feeds["activation_max"] = np.array(ACTIVATION_MAX, np.float32)
-        for name, buffer in zip(self._names, key_values, strict=True):
-            feeds[f"past_key_values.{name}"] = np.ascontiguousarray(buffer[:, :, :n_past])
-        wanted = [f"present.{name}" for name in self._names]
+    def _read_part(
+        self,
+        ids: NDArray[np.int64],
+        key_values: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+        should_stop: ShouldStop,
+    ) -> None:
+        """Write keys and values of ids (S,) into the second of each pair, behind those that the first holds."""
+        pairs = [(np.ascontiguousarray(past), np.empty_like(new, order="C")) for past, new in key_values]
+        feeds = {"input_ids": ids[None], "activation_max": np.array(ACTIVATION_MAX, np.float32)}
+        binding, options = self._session.io_binding(), run_options(self._ort)
+        binding.arrays = [feeds, pairs]  # until 1.29 onnxruntime does not hold them
+        for name, (past, new) in zip(self._names, pairs, strict=True):
+            feeds[f"past_key_values.{name}"] = past
+            binding.bind_ortvalue_output(f"present.{name}", self._ort.OrtValue.ortvalue_from_numpy(new))
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(array))
 
-        def run() -> list[NDArray[Any]]:
+        def run() -> None:
             try:
-                return list(self._session.run(wanted, feeds, options))
+                self._session.run_with_iobinding(binding, options)
             except Exception as error:  # onnxruntime's own share no other base class
                 raise run_error(error, f"the graph {GRAPH}") from error
 
-        return in_worker(run, options, should_stop)
+        in_worker(run, options, should_stop)
+        for (_, place), (_, new) in zip(key_values, pairs, strict=True):
+            place[:] = new
