@@ -268,19 +268,20 @@ class Prefill(Stack):
         present: list[tuple[Tensor, Tensor]] = []
 
         def split(qkv: Tensor) -> list[Tensor]:
-            """Query, key and value, (1, S, n_heads * width) each; of the latter two the whole numbers are kept."""
+            """Query, key and value, (1, S, n_heads, width) each; the latter two are int8, and kept."""
             q, kv = qkv.T.split_with_sizes((config.emb_dim, 2 * config.emb_dim))  # (D, S), (2D, S)
             rows = (q.T, *round_to_int8(kv).T.chunk(2, dim=-1))  # (S, D) each
             q, k, v = (widen(x.reshape(1, length, config.n_heads, config.head_dim), width) for x in rows)
             present.append((k.transpose(1, 2), v.transpose(1, 2)))
-            return [x.float().flatten(2) for x in (q, k, v)]
+            return [q, k, v]
 
         half = length // 2
         parts = (half, length - half)  # a query of the first half does without the keys of the second
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             cached, contexts, end = [x.float() for x in past[layer]], list[Tensor](), past_length
-            for q, k, v in zip(*(x.split_with_sizes(parts, dim=1) for x in split(qkv)), strict=True):
+            for part in zip(*(x.split_with_sizes(parts, dim=1) for x in split(qkv)), strict=True):
+                q, k, v = (x.float().flatten(2) for x in part)  # (1, S / 2, n_heads * width)
                 end += q.shape[1]
                 total = torch.full((), end, dtype=torch.int32)
                 context, *cached = torch.onnx.ops.symbolic_multi_out(
