@@ -254,7 +254,7 @@ def round_to_int8(x: Tensor) -> Tensor:
 
 
 class Prefill(Stack):
-    """``prefill.onnx``: keys and values of a part of a prompt, ids (1, S) behind a past of P, and no logits.
+    """``prefill.onnx``: keys and values of a part of a prompt, ids (1, S) behind a past of P, and no logits; S > 1.
 
     Both are int8 (1, n_heads, P, width) in and (1, n_heads, S, width) out, for each layer. What follows a prompt is
     chosen where ``decode.onnx`` reads its last token.
