@@ -92,7 +92,7 @@ def round_by_inputs(weight: Tensor, bits: int, moments: Tensor, *, by_row: bool 
 
     ``moments`` float64 (K', K') is the sum of x x^T over inputs x that the layer sees, K filled up to whole blocks
     (GPTQ: Frantar et al., 2022, arXiv 2210.17323, with the scale of a block chosen when its turn comes). ``by_row``:
-    the blocks of an output have ``steps``.
+    the scales of an output are multiples of its step.
     """
     blocks = in_blocks(weight, bits).clone()  # (N, n_blocks, block_size)
     size = blocks.shape[2]

@@ -154,9 +154,9 @@ def _multiply(node: ir.Node, blocks: Blocks, add: Add) -> list[ir.Node]:
 def _multiply_rows(node: ir.Node, blocks: Blocks, add: Add, activation_max: ir.Value) -> list[ir.Node]:
     """``Gemm`` -> ``MatMulIntegerToFloat``, before which each row of the inputs (S, K) is rounded by itself.
 
-    The weights stand on the left, as they are stored: ONNX Runtime multiplies unsigned by signed integers twice as fast
-    as other ones, and so the inputs are the signed ones, on the right. Both inputs and outputs are columns there: what
-    comes of a ``Transpose`` is taken before it, and what goes into one is given without any.
+    The weights stand on the left, as they are stored if they have 8 bits: ONNX Runtime multiplies unsigned by signed
+    integers twice as fast as other ones, and so the inputs are the signed ones, on the right. Both inputs and outputs
+    are columns there: what comes of a ``Transpose`` is taken before it, and what goes into one is given without any.
     """
     assert node.op_type == "Gemm"
     ops, x = Ops(), node.inputs[0]

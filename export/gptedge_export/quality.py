@@ -33,8 +33,9 @@ class Quality:
     """``top1_agreement`` is the share of ``tokens`` after which both prefer the same next one, ``kl_nats`` the mean
     divergence of the model's distribution from the bundle's, ``greedy_tokens`` how many ids both write alike after the
     beginning of each text. Both of the former are of ``forward``, and once more, where there is a graph ``prefill``, of
-    ``decode`` over the second half of each text, behind the first half as ``prefill`` reads it on processors that
-    take the fewest bits. ``judged`` names what had to keep its bound: both or one of the two that have one, or none.
+    ``decode`` over the second half of each text of four tokens or more, behind the first as ``prefill`` reads it on
+    processors that take the fewest bits. ``judged`` names what had to keep its bound: both or one of the two that have
+    one, or none.
     """
 
     text: str
@@ -92,7 +93,7 @@ def measure(model: GPTModel, folder: Path, precision: str, texts: Texts, name: s
     a bound.
     """
     graph = Graph(folder, "forward", model.config, precision)
-    sums, largest, behind = np.zeros(5), 0.0, np.zeros(5)
+    sums, largest, behind, tokens_behind = np.zeros(5), 0.0, np.zeros(5), 0
     has_prefill = (folder / "onnx" / "prefill.onnx").exists()
     cached = {name: Graph(folder, name, model.config, precision) for name in ("prefill", "decode") if has_prefill}
     for ids in texts:
@@ -103,8 +104,8 @@ def measure(model: GPTModel, folder: Path, precision: str, texts: Texts, name: s
         if has_prefill and half > 1:
             onnx, _ = behind_prompt(**cached, ids=row, n_prompt=half, activation_max=min(ACTIVATION_MAX))
             behind += _compare(eager[half:], onnx[0], row[0, half:])
+            tokens_behind += len(ids) - half
     tokens, predicted = sum(map(len, texts)), max(1, sum(len(ids) - 1 for ids in texts))
-    tokens_behind = sum(len(ids) - len(ids) // 2 for ids in texts if len(ids) > 3) if has_prefill else 0
     perplexity, fp32_perplexity = np.exp(np.minimum(sums[3:] / predicted, 700))  # float64 ends at e^709
     known = max(map(len, texts)) > 1 and bool(fp32_perplexity < model.config.vocab_size / 2)
     sure = known and bool(fp32_perplexity < SURE_PERPLEXITY)
