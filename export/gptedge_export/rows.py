@@ -4,6 +4,9 @@ ONNX Runtime's kernel for 4 bits adds in one order for a single row and in anoth
 attentions looks at each row by itself, so it becomes the body of a ``Scan``: it gets one row at a time where sequences
 are short, as in decode steps, and all rows at once where they are prompts. From the second row on a step finds the
 layer's weights in the processor's cache, which is what makes drafts and batches worth their while.
+
+The output head, behind which nothing is rounded, gets all rows of a single sequence at once, in about half the time:
+its logits may then differ in their last bits, and whoever reads drafts looks at that.
 """
 
 from typing import Any
@@ -22,7 +25,7 @@ def compute_by_row(model: ir.Model, width: int) -> None:
     """Put all that works on rows (B*S, ``width``), from one attention to the next, into a ``Scan``."""
     graph = model.graph
     ops = ir.tape.Tape()
-    shape = _grouping(ops, graph.inputs[0], width)
+    shape, head_shape = _groupings(ops, graph.inputs[0], width)
     graph.insert_before(graph[0], list(ops.nodes))
     segment: list[ir.Node] = []
     grouped: dict[ir.Value, ir.Value] = {}
@@ -36,19 +39,24 @@ def compute_by_row(model: ir.Model, width: int) -> None:
                 reshape.replace_input_with(0, before_reshapes(node.inputs[0]))
         elif node.op_type in ("MatMulNBits", "LayerNormalization") or _goes_on(segment, node):
             segment.append(node)
-    _scan(segment, shape, grouped)
+    *layer, head = segment
+    _scan(layer, shape, grouped)
+    _scan([head], head_shape, {})
     RemoveUnusedNodesPass()(model)
     NameFixPass()(model)
 
 
-def _grouping(ops: ir.tape.Tape, input_ids: ir.Value, width: int) -> ir.Value:
-    """The shape (n, g, ``width``) of n groups of g rows, for token ids (B, S)."""
+def _groupings(ops: ir.tape.Tape, input_ids: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
+    """The shapes (n, g, ``width``) of n groups of g rows, for token ids (B, S): of the layers and of the head."""
 
     def constant(*numbers: int) -> ir.Value:
         return ops.op("Constant", [], {"value": ir.tensor(np.array(numbers))})
 
+    one_by_one, at_once = constant(-1, 1, width), constant(1, -1, width)
     is_short = ops.op("LessOrEqual", [ops.op("Shape", [input_ids], {"start": 1}), constant(BY_ROW_TOKENS)])  # (1,)
-    return ops.op("Where", [is_short, constant(-1, 1, width), constant(1, -1, width)])
+    shape = ops.op("Where", [is_short, one_by_one, at_once])
+    is_single = ops.op("Equal", [ops.op("Shape", [input_ids], {"end": 1}), constant(1)])  # (1,)
+    return shape, ops.op("Where", [is_single, at_once, shape])
 
 
 def _bring_in_weights(body: ir.Graph) -> None:

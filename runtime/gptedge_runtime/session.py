@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .errors import BundleError
 from .huge_pages import huge_pages
-from .invariance import is_batch_invariant, is_step_invariant
+from .invariance import is_batch_invariant, step_difference
 from .limits import ShouldStop, in_worker, never, until
 from .mapped import let_go, newly_mapped
 from .memory_map import Region
@@ -64,7 +64,7 @@ class Session:
         self._ort = import_onnxruntime()
         self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
-        self._is_step_invariant: dict[int, bool] = {}
+        self._step_differences: dict[int, float | None] = {}
         self._probe()
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
@@ -99,12 +99,18 @@ class Session:
         """
         return min(1.0, max(LEAST_PARITY, 4 * self._bundle.read_parity()))
 
-    def is_step_invariant(self, n_tokens: int) -> bool:
-        """Whether a step of so many tokens has the bits of plain ones: tried out once."""
-        if n_tokens not in self._is_step_invariant:
-            may_be = not self.rounds_finely and self.cache_dtype == "int8"
-            self._is_step_invariant[n_tokens] = may_be and is_step_invariant(self, n_tokens)
-        return self._is_step_invariant[n_tokens]
+    def step_difference(self, n_tokens: int) -> float | None:
+        """How far logits of a step of so many tokens are from plain ones', as a share of the bound of parity.
+
+        Where activations are rounded it is tried out once: 0 where the bits are the same, None where keys and values
+        are others, too.
+        """
+        if self.rounds_finely:
+            return self.parity
+        if n_tokens not in self._step_differences:
+            is_known = self.cache_dtype == "int8"
+            self._step_differences[n_tokens] = step_difference(self, n_tokens) if is_known else None
+        return self._step_differences[n_tokens]
 
     def new_cache(self, batch: int, capacity: int) -> "Cache":
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens; it belongs to one thread."""
@@ -149,6 +155,22 @@ class Session:
             binding.bind_ortvalue_output(f"present.{name}", value)
         binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(logits))
         return binding
+
+    def read(
+        self,
+        rows: Sequence[Sequence[int]],
+        past: int,
+        key_values: Sequence[NDArray[Any]],
+        logits: Logits,
+        should_stop: ShouldStop,
+        padding: int = 0,
+    ) -> None:
+        """Read the ids of B rows behind ``past`` ones, in one run, into ``logits`` (B, 1, V) of each row's last."""
+        lengths = np.array([len(row) for row in rows])
+        ids = pad_right(rows, lengths.max() + padding)
+        binding = self.bind(prefill_feeds(ids, lengths, lengths[:, None] - 1, past), key_values, logits)
+        self.run_long(binding, should_stop)
+        self.read_logits(binding)
 
     def run(self, binding: Any, options: Any = None) -> None:
         """Run a binding."""
@@ -251,12 +273,7 @@ class Cache:
         padding = int(self._session.rounds_finely and longest < self.capacity)
         for start in range(begin, longest, size):
             chunk = [row[start : start + size] for row in rows]
-            lengths = np.array([len(row) for row in chunk])
-            ids = pad_right(chunk, lengths.max() + padding)
-            feeds = prefill_feeds(ids, lengths, lengths[:, None] - 1, past=start)
-            binding = self._session.bind(feeds, key_values, self._step.logits[part])
-            self._session.run_long(binding, should_stop)
-        self._session.read_logits(binding)
+            self._session.read(chunk, start, key_values, self._step.logits[part], should_stop, padding)
         self._lengths[part] = map(len, rows)
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop, drafts: Sequence[int] = ()) -> None:

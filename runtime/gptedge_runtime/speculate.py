@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .invariance import parity_bound
 from .limits import ShouldStop, Stopped
 from .session import Cache, Logits, Session
 
@@ -45,7 +46,7 @@ class Speculation:
         self._drafter = self._drafters[0]  # who made the drafts
         self._look_at = self._drafter.look_at
         self._drafts: list[int] = []
-        self._n_exact: int | None = None  # ids that the cache holds exactly as plain steps would, unless it is all
+        self._n_exact: int | None = None  # ids that were read as plain steps would, unless it is all
 
     def decode(self, next_ids: Sequence[int], should_stop: ShouldStop) -> None:
         """Bring the cache's logits up to the row's last id, ``next_ids[0]``. Raises ``Stopped``."""
@@ -55,9 +56,11 @@ class Speculation:
             if not self._drafts:
                 self._drafter.grow()
         elif len(self._row) < self._look_at:
-            self._cache.decode(next_ids, should_stop)
+            self._step(next_ids, should_stop)
         else:
             self._look(next_ids, should_stop)
+        if self._n_exact is not None and not self._session.rounds_finely:
+            self._n_exact = len(self._row) - 1  # keys and values are exact, and of logits those of this step count
         if self._n_exact is not None and is_close(self._cache.logits[0], self._session.parity):
             self._read_again(self._n_exact, should_stop)
 
@@ -67,11 +70,15 @@ class Speculation:
         drafters = self._drafters if pays else self._drafters[:1]
         self._drafts = self._draft(drafters)
         self._look_at = min(drafter.look_at for drafter in drafters)
-        self._cache.decode(next_ids, should_stop, self._drafts)
-        if not self._drafts:
-            return
-        self._drafter.earn(1 - self._cache.cost(1 + len(self._drafts)))
-        if self._session.rounds_finely and self._n_exact is None:
+        self._step(next_ids, should_stop, self._drafts)
+        if self._drafts:
+            self._drafter.earn(1 - self._cache.cost(1 + len(self._drafts)))
+
+    def _step(self, next_ids: Sequence[int], should_stop: ShouldStop, drafts: Sequence[int] = ()) -> None:
+        self._cache.decode(next_ids, should_stop, drafts)
+        if not self._session.rounds_finely:
+            self._n_exact = None
+        if drafts and self._n_exact is None and self._session.step_difference(1 + len(drafts)):
             self._n_exact = len(self._row) - 1
 
     def _draft(self, drafters: list["Drafter"]) -> list[int]:
@@ -79,16 +86,17 @@ class Speculation:
         room = self._cache.capacity - len(self._row) + 1
         for drafter in drafters:
             drafts = drafter.draft(room)
-            if drafts and (self._session.rounds_finely or self._session.is_step_invariant(1 + len(drafts))):
+            if drafts and self._session.step_difference(1 + len(drafts)) is not None:
                 self._drafter = drafter
                 return drafts
         return []
 
     def _read_again(self, n_exact: int, should_stop: ShouldStop) -> None:
-        """Read once more, by plain steps, all ids behind those that plain steps have read.
+        """Read once more, by plain steps, all ids behind those that were read as plain steps would.
 
-        A step of several tokens adds in another order: its logits, and all that come from its keys and values, differ
-        in the last bits. These may decide between logits so close; then the bits of the plain loop have to.
+        A step of several tokens adds in another order: at float32 its logits, and all that come from its keys and
+        values, differ in the last bits, at int4 the logits alone. These may decide between logits so close; then the
+        bits of the plain loop have to.
         """
         self._drafts = []
         self._cache.shorten(n_exact)
@@ -168,6 +176,5 @@ def is_close(logits: Logits, parity: float) -> bool:
 
     Each differs by at most this share of the bound of parity, ``max(1e-5, 2e-5 * max|logit|)``.
     """
-    top, lowest = float(logits[logits.argmax()]), float(logits[logits.argmin()])  # max() and min() take thrice as long
-    bound = parity * max(1e-5, 2e-5 * max(top, -lowest))
-    return int(np.count_nonzero(logits >= top - 2 * bound)) > 1
+    lowest = float(logits[logits.argmax()]) - 2 * parity * parity_bound(logits)
+    return int(np.count_nonzero(logits >= lowest)) > 1

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, load
-from gptedge_runtime.invariance import is_step_invariant
-from gptedge_runtime.session import Session, Step
+from gptedge_runtime.invariance import step_difference
+from gptedge_runtime.session import Cache, Session, Step
 
 
 @pytest.fixture(params=["int8", "int4"])
@@ -39,7 +39,45 @@ def some_steps_by_one_bit(monkeypatch: pytest.MonkeyPatch, which: Callable[[Step
 @pytest.mark.parametrize("n_tokens", [2, 16])
 def test_one_other_bit_of_a_longer_step_is_seen(rounded: GPT, n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     some_steps_by_one_bit(monkeypatch, lambda step: step.logits.shape[1] > 1)
-    assert not is_step_invariant(rounded._session, n_tokens)
+    assert step_difference(rounded._session, n_tokens)
+
+
+def test_logits_that_are_not_near_are_other_ones(rounded: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Step.run
+
+    def run(step: Step, *arguments: Any) -> None:
+        original(step, *arguments)
+        if step.logits.shape[1] > 1:
+            step.logits[0, -1] *= np.float32(1 + 1e-5)
+
+    monkeypatch.setattr(Step, "run", run)
+    assert step_difference(rounded._session, 4) is None
+
+
+def test_one_other_key_of_a_longer_step_is_seen(rounded: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Cache.decode
+
+    def decode(cache: Cache, next_ids: Any, should_stop: Any, drafts: Any = ()) -> None:
+        original(cache, next_ids, should_stop, drafts)
+        if drafts:
+            cache.key_values[0][0, 0, 10, 0] ^= 1
+
+    monkeypatch.setattr(Cache, "decode", decode)
+    assert step_difference(rounded._session, 4) is None
+
+
+def test_one_other_bit_of_the_last_logits_alone_is_seen(rounded: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those whose layers were computed together and whose head was not."""
+    original = Session.read
+
+    def read(session: Session, rows: Any, past: int, key_values: Any, logits: Any, *arguments: Any) -> None:
+        original(session, rows, past, key_values, logits, *arguments)
+        if past:
+            best = logits[0, 0].argmax()
+            logits[0, 0, best] = np.nextafter(logits[0, 0, best], np.float32(np.inf))
+
+    monkeypatch.setattr(Session, "read", read)
+    assert step_difference(rounded._session, 4) is None
 
 
 def test_one_other_bit_of_a_batch_is_seen(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,9 +86,9 @@ def test_one_other_bit_of_a_batch_is_seen(gpt: GPT, monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_of_4_bits_have_the_same_bits_in_any_company(bundles: Path) -> None:
-    """Whatever the processor's kernels do: the graph gives them one row at a time."""
+    """Whatever the processor's kernels do: the graph gives them one row at a time, but for the head of a long step."""
     with load(bundles / "int4") as gpt:
-        assert all(is_step_invariant(gpt._session, n_tokens) for n_tokens in range(2, 17))
+        assert None not in [step_difference(gpt._session, n_tokens) for n_tokens in range(2, 17)]
         assert gpt._session.is_batch_invariant
 
 
@@ -92,4 +130,4 @@ def test_a_batch_of_an_invariant_session_runs_in_one(gpt: GPT, monkeypatch: pyte
 
 def test_a_context_too_short_to_tell_tells_nothing(bundles: Path) -> None:
     with load(bundles / "odd") as odd:
-        assert not is_step_invariant(odd._session, odd.config.context_length)
+        assert step_difference(odd._session, odd.config.context_length) is None

@@ -120,7 +120,7 @@ def test_int8_drafts_where_a_step_of_several_tokens_has_the_bits_of_plain_ones(
 ) -> None:
     """The drafts are right ones, so that each that is read saves a step."""
     prompt = [1, 2, 3, 4]
-    monkeypatch.setattr(models["int8"]._session, "is_step_invariant", lambda n_tokens: invariant)
+    monkeypatch.setattr(models["int8"]._session, "step_difference", lambda n_tokens: 0.0 if invariant else None)
     ids = prompt + run(models["int8"], prompt, 32, speculate=False)
     plain_runs = count_runs()
     monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
@@ -134,7 +134,7 @@ def test_short_drafts_are_made_at_int8(
 ) -> None:
     monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
     monkeypatch.setattr(speculate, "SHORT_FROM_STEPS", 0)
-    monkeypatch.setattr(models[name]._session, "is_step_invariant", lambda n_tokens: True)
+    monkeypatch.setattr(models[name]._session, "step_difference", lambda n_tokens: 0.0)
     ids = [1, 2, 3, 4, *run(models[name], [1, 2, 3, 4], 24, speculate=False)]
     plain_runs = count_runs()
     right = lambda lookup, count: ids[len(lookup._row) :][:count] if lookup._ngram == SHORT.ngram else []  # noqa: E731
@@ -152,11 +152,10 @@ def test_short_drafts_are_tried_out_once_a_session_has_made_steps_enough(
     tried: list[int] = []
     with load(bundles / "int8") as gpt:
 
-        def try_out(n_tokens: int) -> bool:
+        def try_out(n_tokens: int) -> None:
             tried.append(gpt._session.n_steps)
-            return False
 
-        monkeypatch.setattr(gpt._session, "is_step_invariant", try_out)
+        monkeypatch.setattr(gpt._session, "step_difference", try_out)
         for _ in range(3):
             run(gpt, [1, 2, 3, 4], 21, speculate=True)
     assert tried[0] >= 40
@@ -184,7 +183,7 @@ def test_wrong_drafts_come_again_when_plain_steps_have_earned_them(
     monkeypatch.setattr(speculate, "SHORT_FROM_S", 0)
     monkeypatch.setattr(speculate, "SHORT_FROM_STEPS", 0)
     monkeypatch.setattr(Cache, "cost", lambda cache, n_tokens: 2.0)
-    monkeypatch.setattr(models["long-int8"]._session, "is_step_invariant", lambda n_tokens: True)
+    monkeypatch.setattr(models["long-int8"]._session, "step_difference", lambda n_tokens: 0.0)
     plain = run(models["long-int8"], [1, 2], 140, speculate=False)
     drafted: list[int] = []
 
@@ -207,6 +206,28 @@ def test_a_choice_that_rounding_decides_is_read_again(
     monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
     assert run(models["close"], prompt, n_steps, speculate=True) == ids[len(prompt) :]
     assert count_runs() - plain_runs > plain_runs
+
+
+@pytest.mark.parametrize("is_doubtful", [True, False])
+def test_at_int4_a_plain_step_makes_each_choice_that_last_bits_may_turn(
+    models: Models, is_doubtful: bool, count_runs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drafts are right ones; what a step with drafts says is wrong where it must not be heard."""
+    session, prompt, n_steps = models["int4"]._session, [1, 2, 3, 4], 24
+    ids = prompt + run(models["int4"], prompt, n_steps, speculate=False)
+    plain_runs, original = count_runs(), Step.run
+
+    def run_wrong(step: Step, *arguments: Any) -> None:
+        original(step, *arguments)
+        if is_doubtful and step.logits.shape[1] > 1:
+            step.logits *= -1
+
+    monkeypatch.setattr(session, "step_difference", lambda n_tokens: 0.1)
+    monkeypatch.setattr(speculate, "is_close", lambda logits, parity: is_doubtful)
+    monkeypatch.setattr(Step, "run", run_wrong)
+    monkeypatch.setattr(Lookup, "draft", lambda lookup, count: ids[len(lookup._row) :][:count])
+    assert run(models["int4"], prompt, n_steps, speculate=True) == ids[len(prompt) :]
+    assert (count_runs() - plain_runs < plain_runs) != is_doubtful
 
 
 def test_the_first_step_of_a_size_counts_at_most_as_plain_steps_for_its_tokens(models: Models) -> None:
