@@ -1,4 +1,4 @@
-"""What is computed along with a row may change in its best logits, tried out on this machine.
+"""How far a row's best logits depend on what is computed along with it, tried out on this machine.
 
 Kernels may add in another order for one row than for many. Which did on the processors that were seen is told in
 docs/batch.md, and what decides is what this one does. Other logits are not looked at: no greedy choice is
