@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gptedge_runtime import GPT, load, session
+from gptedge_runtime import GPT, cache, load, session
+from gptedge_runtime.cache import Cache, Step
 from gptedge_runtime.generate import generate
-from gptedge_runtime.session import Cache, Step
 from gptedge_runtime.speculate import LONG
 
 PROMPTS = [
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--text-of")
     options = parser.parse_args()
     prompts = options.prompt or PROMPTS
-    same, session.Step = True, CountedStep
+    same, cache.Step = True, CountedStep
     texts: list[list[int]] = []
     if options.text_of:
         with load(options.text_of) as author:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections import defaultdict
 
+from gptedge_runtime import cache as runtime_cache
 from gptedge_runtime import session
 from gptedge_runtime.bundle import open_bundle
 
@@ -42,11 +43,11 @@ def tokens_per_s(opened: session.Session, ids: list[int], rounds: int) -> Figure
     found: Figures = defaultdict(list)
     for _ in range(rounds):
         for length in PROMPTS:
-            for session.CHUNK_TOKENS in CHUNKS:
+            for runtime_cache.CHUNK_TOKENS in CHUNKS:
                 cache = opened.new_cache(1, length)
                 started = time.perf_counter()
                 cache.prefill([ids[:length]], lambda: False)
-                found[length, session.CHUNK_TOKENS].append(length / (time.perf_counter() - started))
+                found[length, runtime_cache.CHUNK_TOKENS].append(length / (time.perf_counter() - started))
     return found
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, TensorSpec
+from .cache import Cache, Ids, Logits
 from .errors import OutOfMemoryError, ProviderError
 from .limits import ShouldStop, run_in
 from .ort import NOT_CAPTURED, compare_graphs, open_graph, run_error, run_options
-from .session import Cache, Ids, Logits, Session, decode_contract
+from .session import Session, decode_contract
 
 T = TypeVar("T")
 

@@ -8,9 +8,10 @@ from itertools import islice
 
 import numpy as np
 
+from .cache import Cache, Logits
 from .errors import InputError, shown
 from .limits import ShouldStop, Stopped, until
-from .session import Cache, Logits, Session
+from .session import Session
 from .speculate import Speculation, is_close
 
 Decode = Callable[[Sequence[int], ShouldStop], None]

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
+from .cache import Logits
 from .errors import BundleError
 from .limits import in_worker, never, until
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
-from .session import Logits
 
 Feeds = dict[str, NDArray[Any]]
 

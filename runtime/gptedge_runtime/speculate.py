@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .cache import Cache, Logits
 from .invariance import parity_bound
 from .limits import ShouldStop, Stopped
-from .session import Cache, Logits, Session
+from .session import Session
 
 
 class Kind(NamedTuple):

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from . import cuda, prefill
 from .bundle import Bundle, open_bundle
+from .cache import Logits
 from .errors import BundleError, VerificationError
 from .gpt import GPT
 from .graphs import Graph, forward_logits, generated_ids, model_logits
 from .limits import check_timeout, count_threads, never, until
 from .provider import why_not_cuda
-from .session import Logits, Session
+from .session import Session
 from .strict_json import JsonObject, parse_json
 from .tokenizer import load_tokenizer
 

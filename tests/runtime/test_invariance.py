@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, load
+from gptedge_runtime.cache import Cache, Step
 from gptedge_runtime.invariance import step_difference
-from gptedge_runtime.session import Cache, Session, Step
+from gptedge_runtime.session import Session
 
 
 @pytest.fixture(params=["int8", "int4"])

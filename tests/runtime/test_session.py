@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, BundleError, InputError, load
+from gptedge_runtime.cache import split_rows
 from gptedge_runtime.limits import Stopped, run_in
-from gptedge_runtime.session import Session, prefill_feeds, split_rows
+from gptedge_runtime.session import Session, prefill_feeds
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -87,7 +88,7 @@ def test_a_prompt_read_in_chunks_leaves_the_logits_of_one_read_at_once(
     ids, logits = [[7 * i % 250 for i in range(30)]], []
     with load(bundles / name) as gpt:
         for size in (30, 8):
-            monkeypatch.setattr("gptedge_runtime.session.CHUNK_TOKENS", size)
+            monkeypatch.setattr("gptedge_runtime.cache.CHUNK_TOKENS", size)
             cache = gpt._session.new_cache(1, 32)
             cache.prefill(ids, lambda: False)
             assert cache.length == 30

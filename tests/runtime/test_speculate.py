@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, InputError, Sampling, load, speculate
+from gptedge_runtime.cache import Cache, Step
 from gptedge_runtime.generate import count_steps, generate
-from gptedge_runtime.session import Cache, Step
 from gptedge_runtime.speculate import SHORT, Lookup, is_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
