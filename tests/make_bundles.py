@@ -9,7 +9,11 @@ those precisions, FOLDER/long-int8 and FOLDER/long-int4 with contexts in which p
 """
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -71,29 +75,50 @@ def _clear_choices(model: GPTModel, prompt: list[int], new_tokens: int) -> list[
     return ids
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
+def write_tiny(folder: Path) -> None:
     model = random_model(TINY)
     export_bundle(model, folder / "tiny", vocabulary=tiny_vocabulary(), force=True)
     write_oracle(folder / "tiny.npz", model, LENGTHS, new_tokens=72)
-    for precision in ("int8", "int4"):
-        export_bundle(model, folder / precision, vocabulary=tiny_vocabulary(), precision=precision, force=True)
-    for precision, config in LONG.items():
-        model, out = random_model(config, gain=1), folder / f"long-{precision}"
-        export_bundle(model, out, vocabulary=tiny_vocabulary(), precision=precision, force=True)
+
+
+def write_rounded(folder: Path, precision: str) -> None:
+    model, out = random_model(TINY), folder / precision
+    export_bundle(model, out, vocabulary=tiny_vocabulary(), precision=precision, force=True)
+
+
+def write_long(folder: Path, precision: str) -> None:
+    model, out = random_model(LONG[precision], gain=1), folder / f"long-{precision}"
+    export_bundle(model, out, vocabulary=tiny_vocabulary(), precision=precision, force=True)
+
+
+def write_close(folder: Path) -> None:
     model = random_model(TINY)
     head = model.out_head.weight.data
     head[1:4] = head[0] * torch.tensor([[1.0], [-1.0], [-1.0]]) * (1 + 1e-7 * torch.randn(3, TINY.emb_dim))
     head[4:] = 0  # 0 or 1, 2 or 3 are the most likely, and all but alike
     export_bundle(model, folder / "close", vocabulary=tiny_vocabulary(), force=True)
+
+
+def write_odd(folder: Path) -> None:
     model = random_model(ODD)
     export_bundle(model, folder / "odd", vocabulary=load_vocabulary("bytes"), force=True)
     write_oracle(folder / "odd.npz", model, (3, 9), new_tokens=24)
+
+
+def write_demo(folder: Path) -> None:
     model = load_checkpoint("demo")
     vocabulary = load_vocabulary(str(Path(demo_model.__path__[0]) / "tokenizer.tiktoken"))
     export_bundle(model, folder / "demo", vocabulary=vocabulary, force=True)
     write_oracle(folder / "demo.npz", model, (3, 30), new_tokens=24)
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rounded = [partial(write, precision=precision) for precision in LONG for write in (write_long, write_rounded)]
+    writers: list[Callable[[Path], None]] = [write_demo, *rounded, write_tiny, write_close, write_odd]
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for done in [pool.submit(write, folder) for write in writers]:
+            done.result()
 
 
 def write_cuda(folder: Path) -> None:

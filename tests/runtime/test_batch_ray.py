@@ -55,7 +55,7 @@ def test_the_death_of_a_worker_changes_no_byte(bundles: Path, expected: tuple[Pa
             if workers and target.exists() and target.stat().st_size:  # some windows are there, others being computed
                 os.kill(workers[0], signal.SIGKILL)
                 killed = True
-            time.sleep(0.001)
+            time.sleep(0.001 if workers else 0.05)
         stdout, _ = running.communicate()
     assert killed
     assert (running.returncode, stdout) == (0, b"")
@@ -91,11 +91,12 @@ def cluster() -> Iterator[str]:
     program = str(Path(sys.executable).with_name("ray"))
     with tempfile.TemporaryDirectory() as folder:  # a short path, since sockets lie in it
         command = [program, "start", *options, f"--temp-dir={folder}"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        silent = subprocess.DEVNULL
+        with subprocess.Popen(command, stdout=silent, stderr=silent, start_new_session=True) as running:
             try:
                 yield f"127.0.0.1:{port}"
             finally:
-                running.terminate()
+                os.killpg(running.pid, signal.SIGKILL)  # to end by itself takes it half a minute
 
 
 def test_a_running_cluster_gives_the_same_bytes(
