@@ -77,17 +77,16 @@ def is_batch_invariant(session: "Session", n_rows: int) -> bool:
     return True
 
 
-def parity_bound(logits: NDArray[np.float32]) -> float:
-    """How far apart two sound float32 programs may be at logits (V,), which add in different orders."""
-    top, lowest = float(logits[logits.argmax()]), float(logits[logits.argmin()])  # max() and min() take thrice as long
-    return max(1e-5, 2e-5 * max(top, -lowest))
+def parity_bound(logits: NDArray[np.float32], top: float) -> float:
+    """How far apart two sound float32 programs may be at logits (V,) up to ``top``, which add in different orders."""
+    return max(1e-5, 2e-5 * max(top, -float(logits[logits.argmin()])))
 
 
 def _difference(logits: NDArray[np.float32], others: NDArray[np.float32]) -> float:
     """How far the best of logits (V,) are from these others at most, and theirs, as a share of the bound of parity."""
     count = min(_N_BEST, len(logits))
     best = np.concatenate([np.argpartition(x, -count)[-count:] for x in (logits, others)])
-    return float(np.abs(logits[best] - others[best]).max()) / parity_bound(others)
+    return float(np.abs(logits[best] - others[best]).max()) / parity_bound(others, float(others.max()))
 
 
 def _text(session: "Session", n_tokens: int) -> tuple[list[int], list[int]]:

@@ -177,5 +177,5 @@ def is_close(logits: Logits, parity: float) -> bool:
 
     Each differs by at most this share of the bound of parity, ``max(1e-5, 2e-5 * max|logit|)``.
     """
-    lowest = float(logits[logits.argmax()]) - 2 * parity * parity_bound(logits)
-    return int(np.count_nonzero(logits >= lowest)) > 1
+    top = float(logits[logits.argmax()])  # max() takes thrice as long
+    return int(np.count_nonzero(logits >= top - 2 * parity * parity_bound(logits, top))) > 1
