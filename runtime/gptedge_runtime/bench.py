@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .gpt import load
 from .inputs import read_count
 from .limits import count_threads, never
 from .session import Session
+from .workers import Worker
 
 PLOT_SUFFIXES = (".svg", ".png")
 _BUFFER_BYTES = 256 << 20  # far more than the caches of a CPU hold
@@ -192,13 +192,14 @@ def _mb_per_step(model: ModelConfig, precision: str, batch: int, length: float) 
 def _read_gb_per_s(threads: int) -> float:
     """Return the memory bandwidth of reading, the best of several tries; sums of integers cost least beside it."""
     parts = [np.ones(_BUFFER_BYTES // 8 // threads, np.int64) for _ in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        return max(_sum_gb_per_s(pool, parts) for _ in range(8))
+    workers = [Worker() for _ in parts]
+    return max(_sum_gb_per_s(workers, parts) for _ in range(8))
 
 
-def _sum_gb_per_s(pool: ThreadPoolExecutor, parts: list[NDArray[np.int64]]) -> float:
+def _sum_gb_per_s(workers: list[Worker], parts: list[NDArray[np.int64]]) -> float:
     started = time.perf_counter()
-    list(pool.map(np.sum, parts))
+    for call in [worker.start(part.sum) for worker, part in zip(workers, parts, strict=True)]:
+        call.result()
     return sum(part.nbytes for part in parts) / 1e9 / (time.perf_counter() - started)
 
 

@@ -1,9 +1,10 @@
 """decode_cuda.onnx on a GPU: caches, ids and logits stay in its memory, and a step gives back one id for each row."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -13,9 +14,10 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, TensorSpec
 from .cache import Cache, Ids, Logits
 from .errors import OutOfMemoryError, ProviderError
-from .limits import ShouldStop, run_in
+from .limits import ShouldStop
 from .ort import NOT_CAPTURED, compare_graphs, open_graph, run_error, run_options
 from .session import Session, decode_contract
+from .workers import Worker, run_in
 
 T = TypeVar("T")
 
@@ -33,10 +35,6 @@ and eight times that for bfloat16, which has three bits less."""
 
 HALF_PREFILL_TOKENS = 8192
 """Of one run of a prefill at 16 bits; a GPU reads them sooner than a CPU reads a tenth."""
-
-_gpu = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gptedge-gpu")
-"""The one thread that uses the GPU. For each thread onnxruntime keeps captured steps and handles of libraries to the
-session's end; and while a step is captured, no other thread may reach for the GPU."""
 
 _CACHE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _BFLOAT16 = 16
@@ -173,7 +171,7 @@ class CudaSession(Session):
     def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
         """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises ``Stopped``."""
         options = run_options(self._ort, binding.graph_id)
-        run_in(_gpu, lambda: self._run(binding, options), options, should_stop)
+        run_in(_gpu(), lambda: self._run(binding, options), options, should_stop)
 
     def _run(self, binding: "Binding", options: Any) -> None:
         for here, there in binding.inputs:
@@ -216,9 +214,27 @@ class CudaSession(Session):
         binding.bind_output(name, self.device, 0, array.element_type, list(array.shape), array.pointer)
 
 
+_first = Lock()
+
+
+@cache
+def _gpu_of(_process: int) -> Worker:
+    return Worker()
+
+
+def _gpu() -> Worker:
+    """Return the one thread that uses the GPU.
+
+    For each thread onnxruntime keeps captured steps and handles of libraries to the session's end; and while a step is
+    captured, no other thread may reach for the GPU.
+    """
+    with _first:
+        return _gpu_of(os.getpid())
+
+
 def on_gpu(work: Callable[[], T]) -> T:
     """Return what ``work`` returns in the one thread that uses the GPU."""
-    return _gpu.submit(work).result()
+    return _gpu().start(work).result()
 
 
 @dataclass(frozen=True)

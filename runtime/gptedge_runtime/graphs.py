@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .cache import Logits
 from .errors import BundleError
-from .limits import in_worker, never, until
+from .limits import never, until
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
+from .workers import in_worker
 
 Feeds = dict[str, NDArray[Any]]
 

@@ -3,18 +3,12 @@
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
 
 from .errors import InputError, TimeLimitError, shown
 
-T = TypeVar("T")
 ShouldStop = Callable[[], bool]
 
-POLL_S = 0.02
-MOST_RUNS = 256  # in workers at the same time; others wait for one to end
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "microseconds of CPU time, period", or "max period"
 
 
@@ -39,38 +33,6 @@ def until(timeout_s: float | None, should_stop: ShouldStop) -> ShouldStop:
 
 class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error
     """``should_stop`` said so during a prefill."""
-
-
-@cache
-def _workers(_process: int) -> ThreadPoolExecutor:
-    """Threads that are kept, since a run takes longer in a new one; a forked process has none of them."""
-    return ThreadPoolExecutor(max_workers=MOST_RUNS, thread_name_prefix="gptedge")
-
-
-def in_worker(run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
-    """Return what ``run`` returns in one of the threads that are kept: see :func:`run_in`."""
-    return run_in(_workers(os.getpid()), run, options, should_stop)
-
-
-def run_in(pool: ThreadPoolExecutor, run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
-    """Run onnxruntime, with these run options, in a thread of ``pool`` while this one waits.
-
-    onnxruntime hears no signal: Ctrl-C ends the run, and so do ``should_stop``, which raises :class:`Stopped`, and what
-    it raises itself. A Ctrl-C while the run is handed over, or a second one, does not wait for that end: ``run`` must
-    hold all that it reads and writes.
-    """
-    running = None
-    try:
-        running = pool.submit(run)
-        while not should_stop():
-            if wait([running], timeout=POLL_S).done:
-                return running.result()
-        raise Stopped
-    except BaseException:
-        options.terminate = True
-        if running:
-            wait([running])
-        raise
 
 
 def count_threads(threads: int | None) -> int:

@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
-from .limits import ShouldStop, in_worker
+from .limits import ShouldStop
 from .mapped import let_go, newly_mapped
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
+from .workers import in_worker
 
 GRAPH = "prefill"
 MIN_TOKENS = {"int8": 96, "int4": 256}

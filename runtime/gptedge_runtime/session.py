@@ -15,11 +15,12 @@ from .cache import Cache, Ids, Logits, split_rows
 from .errors import BundleError
 from .huge_pages import huge_pages
 from .invariance import is_batch_invariant, step_difference
-from .limits import ShouldStop, in_worker, never, until
+from .limits import ShouldStop, never, until
 from .mapped import let_go, newly_mapped
 from .memory_map import Region
 from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 from .prefill import GRAPH, MIN_TOKENS, Prefill
+from .workers import in_worker
 
 TRIED_ROWS = 16  # of the batch in which a row's bits are tried out
 LEAST_PARITY = 0.1  # which no model is trusted to stay below, however near to it its graphs were

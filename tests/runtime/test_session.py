@@ -4,16 +4,14 @@ import os
 import signal
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from gptedge_runtime import GPT, BundleError, InputError, load
 from gptedge_runtime.cache import split_rows
-from gptedge_runtime.limits import Stopped, run_in
+from gptedge_runtime.limits import Stopped
 from gptedge_runtime.session import Session, prefill_feeds
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
@@ -60,18 +58,6 @@ def test_a_binding_holds_what_it_reads_and_writes(tiny: GPT) -> None:
     del key_values, logits, feeds
     assert all(array() is not None for array in arrays)
     del binding
-
-
-def test_ctrl_c_while_a_run_is_handed_over_ends_it() -> None:
-    class Pool(ThreadPoolExecutor):
-        def submit(self, *arguments: Any, **named: Any) -> Any:
-            super().submit(*arguments, **named)
-            raise KeyboardInterrupt
-
-    options = SimpleNamespace(terminate=False)
-    with Pool() as pool, pytest.raises(KeyboardInterrupt):
-        run_in(pool, lambda: None, options, lambda: False)
-    assert options.terminate
 
 
 def test_a_long_run_that_nobody_stops_has_a_result(tiny: GPT) -> None:
