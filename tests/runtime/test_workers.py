@@ -7,8 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,42 +20,46 @@ def options() -> Any:
     return SimpleNamespace(terminate=False)
 
 
-def interrupted_at(place: int, call: Callable[[], object]) -> bool:
-    """Call with a Ctrl-C before the instruction of this number; whether it came so far."""
-    n_left = place
+RUN = """
+from types import SimpleNamespace
+from gptedge_runtime.limits import never
+from gptedge_runtime.workers import in_worker
 
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal n_left
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode":
-            n_left -= 1
-            if n_left < 0:
-                raise KeyboardInterrupt
-        return trace
+def run(result):
+    return in_worker(lambda: result, SimpleNamespace(), never)
+"""
 
-    before = sys.gettrace()
-    sys.settrace(trace)
+INTERRUPTS = """
+import random, signal
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for i in range(2000):
     try:
-        call()
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, 2e-4))
+        while True:
+            run(0)
     except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+        assert run(i) == i
+"""
+
+FORKS = """
+import os, sys
+
+run(1)
+child = os.fork()
+if child == 0:
+    sys.exit(run(3))
+sys.exit(run(4) + os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
 
-def test_behind_a_ctrl_c_at_any_instruction_the_next_run_has_its_result() -> None:
-    for place in count():
-        if not interrupted_at(place, lambda: in_worker(lambda: 1, options(), never)):
-            break
-        assert in_worker(lambda: 2, options(), never) == 2
-    assert place > 50
-
-
-def test_a_worker_may_be_interrupted_while_it_is_made() -> None:
-    for place in count():
-        if not interrupted_at(place, lambda: run_in(Worker(), lambda: 1, options(), never)):
-            break
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no such signals, and does not fork")
+@pytest.mark.parametrize(("script", "code"), [(INTERRUPTS, 0), (FORKS, 3 + 4)], ids=["wherever Ctrl-C comes", "forked"])
+def test_workers_go_on_and_the_process_ends(script: str, code: int) -> None:
+    """A forked process has workers of its own. In ``concurrent.futures`` 10 to 60 times Ctrl-C left a lock taken."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", RUN + script]
+    done = subprocess.run(command, check=False, timeout=120, capture_output=True)
+    assert (done.returncode, done.stderr) == (code, b"")
 
 
 def test_ctrl_c_while_a_run_is_handed_over_ends_it() -> None:
@@ -72,13 +75,13 @@ def test_ctrl_c_while_a_run_is_handed_over_ends_it() -> None:
 
 
 def test_runs_at_the_same_time_have_a_worker_each() -> None:
-    meeting = threading.Barrier(300, timeout=60)
+    meeting = threading.Barrier(100, timeout=60)
 
     def run(number: int) -> int:
         return in_worker(lambda: number * bool(meeting.wait() + 1), options(), never)
 
-    with ThreadPoolExecutor(300) as pool:
-        assert list(pool.map(run, range(300))) == list(range(300))
+    with ThreadPoolExecutor(100) as pool:
+        assert list(pool.map(run, range(100))) == list(range(100))
 
 
 def test_one_run_behind_the_other_is_in_the_same_thread() -> None:
@@ -106,25 +109,3 @@ def test_a_worker_at_rest_holds_nothing_of_its_last_run(fails: bool) -> None:
     del array, run
     in_worker(lambda: None, options(), never)
     assert held() is None
-
-
-FORKS = """
-import os, sys
-from types import SimpleNamespace
-from gptedge_runtime.limits import never
-from gptedge_runtime.workers import in_worker
-
-def run(result):
-    return in_worker(lambda: result, SimpleNamespace(), never)
-
-run(1)
-child = os.fork()
-if child == 0:
-    sys.exit(run(3))
-sys.exit(run(4) + os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
-def test_a_forked_process_has_workers_of_its_own_and_ends() -> None:
-    assert subprocess.run([sys.executable, "-c", FORKS], check=False, timeout=60).returncode == 3 + 4
