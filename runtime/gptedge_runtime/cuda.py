@@ -109,6 +109,7 @@ class CudaSession(Session):
             kept = self._kept.setdefault(batch, [])
             if kept:
                 cache = kept.pop()
+                on_gpu(lambda: None)  # a step that Ctrl-C has left alone ends before
                 cache.shorten(0)
                 return cache
             n_bytes = batch * self.model.context_length * self._bytes_per_token

@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import onnxruntime
 import pytest
 from gptedge_runtime import GPT, BundleError, InputError, ProviderError, Sampling, load
 from gptedge_runtime.bundle import open_bundle
-from gptedge_runtime.cuda import CUDA, HALF_ERROR, CudaSession
+from gptedge_runtime.cuda import CUDA, HALF_ERROR, CudaSession, _gpu
 from gptedge_runtime.limits import never
 from gptedge_runtime.provider import open_session, why_not_cuda
 from gptedge_runtime.session import Session
@@ -298,6 +300,21 @@ def test_threads_at_once_have_the_ids_of_one_after_the_other(open_on: OpenOn, de
     with ThreadPoolExecutor(max_workers=4) as pool:
         jobs = [pool.submit(gpt.generate_ids, prompt, max_new_tokens=40) for prompt in eager.prompts * 3]
     assert [job.result() for job in jobs] == [ids[:40] for ids in eager.new * 3]
+
+
+def test_a_step_that_ctrl_c_has_left_alone_changes_no_later_text(open_on: OpenOn, device: str, eager: Any) -> None:
+    gpt = open_on("fp32", device)
+    session: Any = gpt._session
+    for index in (1, 2):
+        cache = session.new_cache(1, 8)
+        cache.prefill([eager.prompts[3][:4]], never)
+        cache.decode([5], never)
+        binding = cache._step._binding
+        session.read_logits(binding)
+        _gpu().start(partial(time.sleep, 0.1))
+        _gpu().start(partial(session._run, binding, binding.options))
+        cache.close()
+        assert gpt.generate_ids(eager.prompts[index], max_new_tokens=4) == eager.new[index][:4]
 
 
 @pytest.mark.parametrize(("precision", "n_runs"), [("fp32", 2), ("fp16", 1)])
