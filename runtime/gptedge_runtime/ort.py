@@ -31,6 +31,8 @@ def import_onnxruntime() -> Any:
     except ModuleNotFoundError as error:
         raise ProviderError('onnxruntime is not installed: pip install "gptedge[cpu]"') from error
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Ctrl-C came while its library was loaded
+            raise error.__cause__ from None
         raise ProviderError("onnxruntime does not load: python -c 'import onnxruntime' says why") from error
     return onnxruntime
 
