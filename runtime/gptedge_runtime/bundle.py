@@ -5,7 +5,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,6 +58,10 @@ class ModelConfig:
     def cache_names(self) -> list[str]:
         """``0.key``, ``0.value``, ``1.key``, ..."""
         return [f"{layer}.{kind}" for layer in range(self.n_layers) for kind in ("key", "value")]
+
+
+Identity = tuple[int, int, int, int]
+"""Of a file: device, inode, size, and when it was changed."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class Bundle:
     files: Mapping[str, FileSpec]
     prompt_template: str | None
     classifier: ClassifierSpec | None
+    hashed: dict[str, Identity] = field(default_factory=dict, compare=False)
+    """By name, the files that were hashed."""
 
     @property
     def rounds_finely(self) -> bool:
@@ -133,10 +139,20 @@ class Bundle:
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes after checking these very bytes, so that no later change of the file counts."""
-        data = _read(self.folder / path)
+        try:
+            data = _read(self.folder / path)
+        except OSError as error:
+            raise _unreadable(error) from error
         if hashlib.sha256(data).hexdigest() != self.files[path].sha256:
             raise _changed(path)
         return data
+
+    def is_in_place(self) -> bool:
+        """Whether the names still stand for the files that were hashed, and not for those of another bundle."""
+        try:
+            return all(_identity((self.folder / path).stat()) == identity for path, identity in self.hashed.items())
+        except OSError:
+            return False
 
     def read_parity(self) -> float:
         """Return how far the graphs' logits were from the model's at export, as a share of float32's bound.
@@ -167,8 +183,16 @@ def open_bundle(path: str | os.PathLike[str], *, progress: bool = False) -> Bund
     except OSError as error:
         if isinstance(error, BundleError):
             raise
-        raise BundleError(f"cannot read {error.filename} ({error.strerror}): check its permissions") from error
+        raise _unreadable(error) from error
     return bundle
+
+
+def _unreadable(error: OSError) -> BundleError:
+    return BundleError(f"cannot read {error.filename} ({error.strerror}): check its permissions")
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _changed(path: str) -> BundleError:
@@ -299,17 +323,19 @@ def _check_files(bundle: Bundle, progress: bool) -> None:
     hidden = not progress or total < PROGRESS_BYTES
     with tqdm(desc="check", total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
         for path, file in bundle.files.items():
-            if _hash(bundle.folder / path, bar) != file.sha256:
+            digest, bundle.hashed[path] = _hash(bundle.folder / path, bar)
+            if digest != file.sha256:
                 raise _changed(path)
 
 
-def _hash(path: Path, bar: "tqdm[NoReturn]") -> str:
+def _hash(path: Path, bar: "tqdm[NoReturn]") -> tuple[str, Identity]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        identity = _identity(os.fstat(file.fileno()))
         while block := file.read(1 << 22):
             digest.update(block)
             bar.update(len(block))
-    return digest.hexdigest()
+    return digest.hexdigest(), identity
 
 
 def _sizes_on_disk(folder: Path) -> dict[str, int]:

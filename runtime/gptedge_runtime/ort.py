@@ -103,6 +103,8 @@ def open_graph(
         raise BundleError(
             f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"
         ) from error
+    if not bundle.is_in_place():
+        raise BundleError(f"the bundle {bundle.folder} was replaced while it was opened: open it again")
     found = GraphSpec(graph.path, _read_tensors(session.get_inputs()), _read_tensors(session.get_outputs()))
     compare_graphs(graph.path, found, graph)
     return session

@@ -56,6 +56,9 @@ class Session:
         self.timeout_s = timeout_s
         self.precision, self.rounds_finely = bundle.precision, exact or bundle.rounds_finely
         self.cache_names, self.cache_dtype = bundle.model.cache_names, bundle.cache_dtype
+        self.parity = min(1.0, max(LEAST_PARITY, 4 * bundle.read_parity()))
+        """How far logits that kernels add in another order may be from these, as a share of the bound of parity: four
+        times what the export saw, which looked at fewer tokens than a session writes."""
         self._ort = import_onnxruntime()
         self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
@@ -76,8 +79,8 @@ class Session:
 
     @cached_property
     def _prefill(self) -> Prefill | None:
-        """Opened at the first need, since its weights count in memory."""
-        if self.rounds_finely or GRAPH not in self._bundle.graphs:
+        """Opened at the first need, since its weights count in memory; where a new bundle stands by then it is not."""
+        if self.rounds_finely or GRAPH not in self._bundle.graphs or not self._bundle.is_in_place():
             return None
         return Prefill(self._bundle, self._threads)
 
@@ -85,14 +88,6 @@ class Session:
     def is_batch_invariant(self) -> bool:
         """Whether a row's logits have the same bits alone and among others: tried out once."""
         return is_batch_invariant(self, TRIED_ROWS)
-
-    @cached_property
-    def parity(self) -> float:
-        """How far logits that kernels add in another order may be from these, as a share of the bound of parity.
-
-        Four times what the export saw, which looked at fewer tokens than a session writes.
-        """
-        return min(1.0, max(LEAST_PARITY, 4 * self._bundle.read_parity()))
 
     def step_difference(self, n_tokens: int) -> float | None:
         """How far logits of a step of so many tokens are from plain ones', as a share of the bound of parity.

@@ -1,11 +1,14 @@
 """The swap of an export: whenever it is killed, the bundle is the old one or the new one, whole."""
 
 import contextlib
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from gptedge_export.atomic import atomic_folder
 from gptedge_export.errors import ExportError
-from gptedge_runtime import load
+from gptedge_runtime import BundleError, load
 from gptedge_runtime.bundle import open_bundle
+from gptedge_runtime.session import Session
 from gptedge_runtime.verify import verify
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the swap is two renames")
@@ -202,6 +207,57 @@ def test_a_process_that_uses_the_old_bundle_keeps_its_answers(bundle: Path, bund
         assert text + "".join(stream) == gpt.generate("hello", max_new_tokens=40)
     with load(bundle) as gpt:
         assert gpt.config.vocab_size == 257
+
+
+def with_other_weights(bundle: Path, folder: Path) -> Path:
+    """A sound bundle of the same graphs, byte for byte."""
+    path = shutil.copytree(bundle, folder) / "onnx/model.onnx_data"
+    weights = bytearray(path.read_bytes())
+    for tensor in onnx.load(folder / "onnx/prefill.onnx", load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.data_type == onnx.TensorProto.UINT8 and place:
+            start, length = int(place["offset"]), int(place["length"])
+            weights[start : start + length] = bytes(byte ^ 0x55 for byte in weights[start : start + length])
+    path.write_bytes(weights)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    (entry,) = (entry for entry in manifest["files"] if entry["path"] == "onnx/model.onnx_data")
+    entry["sha256"] = hashlib.sha256(weights).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("another_comes", [True, False])
+@pytest.mark.parametrize(("name", "length"), [("long-int8", 120), ("long-int4", 300)])
+def test_what_is_opened_late_is_not_another_bundles(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, length: int, another_comes: bool
+) -> None:
+    """A long prompt opens ``prefill.onnx``; where that is gone ``decode.onnx`` reads it."""
+    bundle = shutil.copytree(bundles / name, tmp_path / "bundle")
+    other = with_other_weights(bundle, tmp_path / "other")
+    prompt = [7 * i % 250 for i in range(length)]
+    with monkeypatch.context() as patch, load(bundle) as gpt:
+        patch.setattr("gptedge_runtime.session.MIN_TOKENS", {})
+        expected = gpt.generate_ids(prompt, max_new_tokens=20)
+    with load(other) as gpt:
+        assert gpt.generate_ids(prompt, max_new_tokens=20) != expected
+    with load(bundle) as gpt:
+        shutil.rmtree(bundle)
+        if another_comes:
+            other.rename(bundle)
+        assert gpt.generate_ids(prompt, max_new_tokens=20) == expected
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_refused(bundles: Path, tmp_path: Path) -> None:
+    """Hashed is the one, and mapped the other."""
+    folder = shutil.copytree(bundles / "long-int8", tmp_path / "bundle")
+    opened = open_bundle(folder)
+    other = with_other_weights(folder, tmp_path / "other")
+    shutil.rmtree(folder)
+    with pytest.raises(BundleError, match=r"cannot read .* \(No such file"):
+        Session(opened, provider="cpu", threads=1)
+    other.rename(folder)
+    with pytest.raises(BundleError, match="was replaced while it was opened"):
+        Session(opened, provider="cpu", threads=1)
 
 
 @pytest.mark.parametrize("file", ["", "onnx/model.onnx_data", "manifest.json"])
