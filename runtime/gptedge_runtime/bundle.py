@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -147,12 +148,23 @@ class Bundle:
             raise _changed(path)
         return data
 
+    @cached_property
+    def weights(self) -> list[str]:
+        """The files beside the graphs, which onnxruntime opens by name, and reads where they are mapped."""
+        graphs = {graph.path for graph in self.graphs.values()}
+        folders = {path.rpartition("/")[0] for path in graphs}
+        return [path for path in self.files if path.rpartition("/")[0] in folders and path not in graphs]
+
     def is_in_place(self) -> bool:
-        """Whether the names still stand for the files that were hashed, and not for those of another bundle."""
-        try:
-            return all(_identity((self.folder / path).stat()) == identity for path, identity in self.hashed.items())
-        except OSError:
-            return False
+        """Whether the names of the weights still stand for the files that were hashed, and not for another bundle's."""
+        return all(_identify(self.folder / path) == self.hashed[path] for path in self.weights)
+
+    def check_weights(self) -> None:
+        """Raise :class:`BundleError` where others were written over weights; those that were replaced stay mapped."""
+        for path in self.weights:
+            now, then = _identify(self.folder / path), self.hashed[path]
+            if now and now[:2] == then[:2] and now != then:
+                raise BundleError(f"{path} was overwritten while it was in use: open the bundle again")
 
     def read_parity(self) -> float:
         """Return how far the graphs' logits were from the model's at export, as a share of float32's bound.
@@ -193,6 +205,13 @@ def _unreadable(error: OSError) -> BundleError:
 
 def _identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _identify(path: Path) -> Identity | None:
+    try:
+        return _identity(path.stat())
+    except OSError:
+        return None
 
 
 def _changed(path: str) -> BundleError:

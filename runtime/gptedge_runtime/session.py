@@ -178,6 +178,7 @@ class Session:
 
     def run_long(self, binding: Any, should_stop: ShouldStop) -> None:
         """Run a binding that may take long: Ctrl-C ends it, and so does ``should_stop``, which raises ``Stopped``."""
+        self._bundle.check_weights()
         options = run_options(self._ort)
         in_worker(lambda: self.run(binding, options), options, should_stop)
 

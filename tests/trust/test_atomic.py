@@ -247,6 +247,18 @@ def test_what_is_opened_late_is_not_another_bundles(
         assert gpt.generate_ids(prompt, max_new_tokens=20) == expected
 
 
+def test_a_bundle_that_is_overwritten_in_use_is_refused(bundles: Path, tmp_path: Path) -> None:
+    """As by copying a new one into its folder: what is mapped of the weights is then the new one's."""
+    bundle = shutil.copytree(bundles / "long-int8", tmp_path / "bundle")
+    other = with_other_weights(bundle, tmp_path / "other")
+    with load(bundle) as gpt:
+        assert gpt.generate_ids([1, 2, 3], max_new_tokens=2)
+        shutil.copytree(other, bundle, dirs_exist_ok=True)
+        for call in (gpt.generate_ids, gpt.logits):
+            with pytest.raises(BundleError, match=r"model\.onnx_data was overwritten while it was in use"):
+                call([1, 2, 3])
+
+
 def test_a_bundle_that_is_replaced_while_it_is_opened_is_refused(bundles: Path, tmp_path: Path) -> None:
     """Hashed is the one, and mapped the other."""
     folder = shutil.copytree(bundles / "long-int8", tmp_path / "bundle")
