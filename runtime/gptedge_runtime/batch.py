@@ -7,7 +7,7 @@ are sorted into batches of like lengths, and no row's tokens depend on the other
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from .batch_rows import Answer, Defaults, answer_window
 from .bundle import MANIFEST, open_bundle
 from .errors import InputError
 from .generate import count_steps
-from .gpt import load
+from .gpt import GPT, load
 from .inputs import read_count
 
 WINDOW_BATCHES = 8
@@ -26,12 +26,23 @@ WINDOW_BATCHES = 8
 
 @dataclass(frozen=True)
 class Job:
-    """What to compute, and in what portions; ``threads`` are those of one process."""
+    """What to compute, and in what portions; ``threads`` are those of one process.
+
+    ``bundle_sha256`` is the hash of the manifest, which has those of all files, as the run found it.
+    """
 
     bundle: str
     defaults: Defaults
     batch_size: int = 32
     threads: int | None = None
+    bundle_sha256: str | None = None
+
+    def load(self) -> GPT:
+        """Open the bundle, and no other that may stand there by now. Raises ``InputError``."""
+        gpt = load(self.bundle, threads=self.threads)
+        if hash_manifest(self.bundle) != self.bundle_sha256:
+            raise InputError(f"the bundle {self.bundle} was replaced since this run began: give another OUT")
+        return gpt
 
 
 Engine = Callable[[Job, Source, int], Iterator[Answer]]
@@ -40,7 +51,7 @@ Engine = Callable[[Job, Source, int], Iterator[Answer]]
 
 def answer_here(job: Job, source: Source, first: int) -> Iterator[Answer]:
     """Compute in this process."""
-    with load(job.bundle, threads=job.threads) as gpt:
+    with job.load() as gpt:
         for number, window in enumerate(source.windows(first), first):
             yield answer_window(gpt, window, number * source.window_rows + 1, job.defaults, job.batch_size)
 
@@ -72,14 +83,20 @@ def run_batch(
     Raises ``InputError`` where the target belongs to another input, bundle or defaults, or another run writes it.
     """
     source, target = _check(job, source_path, target_path), Path(target_path)
-    manifest = (open_bundle(job.bundle).folder / MANIFEST).read_bytes()
-    with Target(target, {"bundle_sha256": hashlib.sha256(manifest).hexdigest()} | asdict(job.defaults)) as rows:
+    open_bundle(job.bundle)
+    job = replace(job, bundle_sha256=hash_manifest(job.bundle))
+    with Target(target, {"bundle_sha256": job.bundle_sha256} | asdict(job.defaults)) as rows:
         rows.compare_ids(source)
         summary = Summary(rows.n_rows)
         if rows.n_rows < source.count():
             _add_rows(rows, engine(job, source, rows.n_rows // source.window_rows), source, summary, progress)
         rows.finish()
     return summary
+
+
+def hash_manifest(bundle: str) -> str:
+    """Return the SHA-256 of a bundle's manifest."""
+    return hashlib.sha256(Path(bundle, MANIFEST).read_bytes()).hexdigest()
 
 
 def _add_rows(rows: Target, answers: Iterator[Answer], source: Source, summary: Summary, progress: bool) -> None:

@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import os
+import pickle
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from .batch import Job
 from .batch_files import Source
 from .batch_rows import Answer, answer_window
 from .errors import GptEdgeError, InputError
-from .gpt import load
+from .gpt import GPT
 
 _CONNECT_S = 10
 
@@ -46,10 +48,10 @@ def answer_by_ray(
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints that a worker has died
             for row in answers.iter_rows():
+                if row["failure"]:
+                    raise pickle.loads(row["failure"])
                 yield Answer(row["lines"].splitlines(keepends=True), int(row["tokens"]), int(row["errors"]))
     except ray.exceptions.RayError as error:
-        if isinstance(cause := getattr(error, "cause", None), GptEdgeError):
-            raise cause from error
         raise InputError(f"Ray gave up ({type(error).__name__}): mend the cluster and run this again") from error
     finally:
         ray.shutdown()
@@ -59,15 +61,24 @@ class Worker:
     """Computes windows with a bundle of its own."""
 
     def __init__(self, job: Job, window_rows: int) -> None:
-        self._gpt = load(job.bundle, threads=job.threads)
         self._job, self._window_rows = job, window_rows
 
+    @cached_property
+    def _gpt(self) -> GPT:
+        return self._job.load()
+
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Answer a batch of one window."""
+        """Answer a batch of one window, or tell why not: what is raised here comes along in other words of Ray's."""
         (number,), (lines,) = batch["number"], batch["lines"]
         first_line = int(number) * self._window_rows + 1
-        answer = answer_window(self._gpt, lines.split(b"\n"), first_line, self._job.defaults, self._job.batch_size)
-        return {"lines": [b"".join(answer.lines)], "tokens": [answer.tokens], "errors": [answer.errors]}
+        answer, failure = Answer([], 0, 0), b""
+        try:
+            rows = lines.split(b"\n")
+            answer = answer_window(self._gpt, rows, first_line, self._job.defaults, self._job.batch_size)
+        except GptEdgeError as error:
+            failure = pickle.dumps(error)
+        columns = {"lines": b"".join(answer.lines), "tokens": answer.tokens, "errors": answer.errors}
+        return {name: [value] for name, value in (columns | {"failure": failure}).items()}
 
 
 def _read_windows(source: Source, first: int) -> Iterator[dict[str, Any]]:

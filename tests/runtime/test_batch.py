@@ -3,18 +3,19 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gptedge_runtime import GPT, InputError, load
-from gptedge_runtime.batch import Job, Summary, run_batch
-from gptedge_runtime.batch_files import Target
-from gptedge_runtime.batch_rows import Defaults
+from gptedge_runtime.batch import Job, Summary, answer_here, run_batch
+from gptedge_runtime.batch_files import Source, Target
+from gptedge_runtime.batch_rows import Answer, Defaults
 
 from .test_cli import COMMAND, gptedge, refused
 
@@ -67,6 +68,21 @@ def test_each_row_is_what_it_gives_alone_in_the_order_of_the_input(
     summary = batch(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", batch_size=batch_size)
     assert read_rows(tmp_path / "out.jsonl") == [alone(tiny, row) for row in rows]
     assert (summary.rows, summary.errors) == (70, 0)
+
+
+def test_a_run_has_the_answers_of_one_bundle(bundles: Path, tmp_path: Path) -> None:
+    """A worker that takes the place of a dead one opens what stands there by then."""
+    bundle, target = shutil.copytree(bundles / "tiny", tmp_path / "bundle"), tmp_path / "out.jsonl"
+    source = write_rows(tmp_path / "in.jsonl", make_rows(10, longest=20, new_tokens=9))
+
+    def late(job: Job, source: Source, first: int) -> Iterator[Answer]:
+        shutil.rmtree(bundle)
+        shutil.copytree(bundles / "odd", bundle)
+        return answer_here(job, source, first)
+
+    with pytest.raises(InputError, match="was replaced since this run began: give another OUT"):
+        run_batch(Job(str(bundle), Defaults(9)), str(source), str(target), engine=late)
+    assert target.read_bytes() == b""
 
 
 @pytest.mark.parametrize("name", ["demo", "odd"])

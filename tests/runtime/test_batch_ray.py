@@ -74,6 +74,31 @@ def test_a_run_goes_on_with_ray_where_it_was_cut_off_without(
     assert (tmp_path / "out.jsonl").read_bytes() == answers
 
 
+REPLACED = """
+import sys
+from dataclasses import replace
+from gptedge_runtime import InputError
+from gptedge_runtime.batch import Job, run_batch
+from gptedge_runtime.batch_ray import answer_by_ray
+from gptedge_runtime.batch_rows import Defaults
+
+def late(job, source, first):
+    return answer_by_ray(replace(job, bundle_sha256="another's"), source, first, address=None, workers=1)
+
+try:
+    run_batch(Job(sys.argv[1], Defaults()), sys.argv[2], sys.argv[3], engine=late)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_what_a_worker_raises_is_raised(bundles: Path, expected: tuple[Path, bytes], tmp_path: Path) -> None:
+    """Here that it found another bundle than the run began with."""
+    arguments = [bundles / "tiny", expected[0], tmp_path / "out.jsonl"]
+    done = subprocess.run([sys.executable, "-c", REPLACED, *arguments], capture_output=True, text=True, check=False)
+    assert "was replaced since this run began: give another OUT\n" in done.stdout
+
+
 def test_a_cluster_that_does_not_answer_is_one_line(
     bundles: Path, expected: tuple[Path, bytes], tmp_path: Path
 ) -> None:
