@@ -4,7 +4,7 @@ import os
 import shutil
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from .bundle import MANIFEST, Bundle
@@ -47,13 +47,11 @@ def site(bundle: Bundle, ort: str | os.PathLike[str] | None = None) -> Site:
     if "model" not in bundle.graphs:
         raise BundleError(f"{MANIFEST} lists no graph 'model', which the page runs: export the bundle again")
     graph = bundle.graphs["model"].path
-    beside = [name for name in bundle.files if PurePosixPath(name).parent == PurePosixPath(graph).parent]
-    weights = [name for name in beside if not name.endswith(".onnx")]
     dist = _find_ort(ort)
     return (
         {name: PAGE / name for name in PAGE_FILES}
         | {f"ort/{name}": dist / name for name in ORT_FILES}
-        | {f"bundle/{name}": bundle.folder / name for name in (MANIFEST, bundle.tokenizer.path, graph, *weights)}
+        | {f"bundle/{name}": bundle.folder / name for name in (MANIFEST, bundle.tokenizer.path, graph, *bundle.weights)}
     )
 
 

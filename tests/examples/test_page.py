@@ -146,10 +146,18 @@ def test_a_written_folder_works_on_any_web_server(
         server.shutdown()
 
 
-def test_a_damaged_file_is_a_message(page: Page, task: Task, ort_dist: Path, tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"short")
+@pytest.mark.parametrize("name", ["onnx/model.onnx_data", "onnx/model.onnx", "tokenizer.tiktoken"])
+@pytest.mark.parametrize("keeps_its_size", [True, False])
+def test_a_damaged_file_is_a_message(
+    page: Page, task: Task, ort_dist: Path, tmp_path: Path, name: str, keeps_its_size: bool
+) -> None:
+    """As it is, too, where the bundle is replaced while the page is loaded."""
+    data = bytearray((task.bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "damaged").write_bytes(data if keeps_its_size else data[:-1])
     files = site(open_bundle(task.bundle), ort_dist)
-    with serving(files | {"bundle/onnx/model.onnx_data": tmp_path / "weights"}) as url:
+    with serving(files | {f"bundle/{name}": tmp_path / "damaged"}) as url:
         page.goto(url)
-        expect(page.locator("#status")).to_contain_text("onnx/model.onnx_data is not", timeout=PAGE_TIMEOUT_MS)
+        said = "the file that was exported" if keeps_its_size else f"{len(data)} bytes long"
+        expect(page.locator("#status")).to_contain_text(f"{name} is not {said}", timeout=PAGE_TIMEOUT_MS)
         assert page.is_disabled("#write")

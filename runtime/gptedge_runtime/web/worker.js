@@ -21,6 +21,7 @@ addEventListener("message", async ({ data }) => {
 
 async function load() {
   const manifest = await (await get("manifest.json")).json();
+  const entry = (path) => manifest.files.find((file) => file.path === path);
   const graph = manifest.graphs.model;
   const folder = graph.path.slice(0, graph.path.lastIndexOf("/") + 1);
   const weights = manifest.files.filter(({ path }) => path.startsWith(folder) && !path.endsWith(".onnx"));
@@ -28,33 +29,35 @@ async function load() {
   if (total >= MAX_BYTES) {
     throw new Error(`the weights take ${(total / 1e9).toFixed(1)} GB, a tab can address 4.2 GB: export a smaller bundle`);
   }
-  const [file, model, ort] = await Promise.all([
-    get(manifest.tokenizer.path).then((response) => response.text()),
-    get(graph.path).then((response) => response.arrayBuffer()),
+  const [ranks, model, ort] = await Promise.all([
+    download(entry(manifest.tokenizer.path)),
+    download(entry(graph.path)),
     import(`${ORT}ort.wasm.min.mjs`),
   ]);
   const progress = reportProgress(total);
   const externalData = [];
-  for (const { path, size } of weights) {
-    externalData.push({ path: path.slice(folder.length), data: await download(path, size, progress) });
+  for (const file of weights) {
+    externalData.push({ path: file.path.slice(folder.length), data: await download(file, progress) });
   }
   ort.env.wasm.wasmPaths = ORT;
-  const session = await ort.InferenceSession.create(new Uint8Array(model), {
+  const session = await ort.InferenceSession.create(model, {
     executionProviders: ["wasm"],
     externalData,
   });
-  gpt = { ort, session, config: manifest.model, tokenizer: new Tokenizer(manifest.tokenizer, file) };
+  const tokenizer = new Tokenizer(manifest.tokenizer, new TextDecoder().decode(ranks));
+  gpt = { ort, session, config: manifest.model, tokenizer };
   gpt.eos = manifest.tokenizer.eos_token_id;
   return { config: manifest.model, precision: manifest.precision, bytes: total, isolated: self.crossOriginIsolated };
 }
 
 async function get(path) {
-  const response = await fetch(BUNDLE + path, { cache: "no-cache" }); // a bundle exported anew is never mixed with the old
+  const response = await fetch(BUNDLE + path, { cache: "no-cache" }); // as it is now, and not as it was before an export
   if (!response.ok) throw new Error(`${path} cannot be read (${response.status}): serve the folder as it was written`);
   return response;
 }
 
-async function download(path, size, progress) {
+// A file's bytes, which have the size and the hash of the manifest: a bundle may be replaced while it is loaded.
+async function download({ path, size, sha256 }, progress = () => {}) {
   const bytes = new Uint8Array(size);
   let at = 0;
   for (const reader = (await get(path)).body.getReader(); ; ) {
@@ -66,6 +69,11 @@ async function download(path, size, progress) {
     progress(value.length);
   }
   if (at !== size) throw new Error(`${path} is not ${size} bytes long: serve the folder as it was written`);
+  if (self.isSecureContext) { // https, or this computer: elsewhere browsers compute no hashes
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+    const hash = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    if (hash !== sha256) throw new Error(`${path} is not the file that was exported: load the page again`);
+  }
   return bytes;
 }
 
