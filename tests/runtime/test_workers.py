@@ -56,7 +56,7 @@ sys.exit(run(4) + os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no such signals, and does not fork")
 @pytest.mark.parametrize(("script", "code"), [(INTERRUPTS, 0), (FORKS, 3 + 4)], ids=["wherever Ctrl-C comes", "forked"])
 def test_workers_go_on_and_the_process_ends(script: str, code: int) -> None:
-    """A forked process has workers of its own. In ``concurrent.futures`` 10 to 60 times Ctrl-C left a lock taken."""
+    """A forked process has workers of its own. With ``concurrent.futures`` 10 to 60 of these left a lock taken."""
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", RUN + script]
     done = subprocess.run(command, check=False, timeout=120, capture_output=True)
     assert (done.returncode, done.stderr) == (code, b"")

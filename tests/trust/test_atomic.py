@@ -1,9 +1,7 @@
 """The swap of an export: whenever it is killed, the bundle is the old one or the new one, whole."""
 
 import contextlib
-import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -26,6 +24,8 @@ from gptedge_runtime import BundleError, load
 from gptedge_runtime.bundle import open_bundle
 from gptedge_runtime.session import Session
 from gptedge_runtime.verify import verify
+
+from ..signing import sign
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the swap is two renames")
 
@@ -219,11 +219,7 @@ def with_other_weights(bundle: Path, folder: Path) -> Path:
             start, length = int(place["offset"]), int(place["length"])
             weights[start : start + length] = bytes(byte ^ 0x55 for byte in weights[start : start + length])
     path.write_bytes(weights)
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    (entry,) = (entry for entry in manifest["files"] if entry["path"] == "onnx/model.onnx_data")
-    entry["sha256"] = hashlib.sha256(weights).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    return folder
+    return sign(folder)
 
 
 @pytest.mark.parametrize("another_comes", [True, False])

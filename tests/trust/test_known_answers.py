@@ -1,6 +1,5 @@
 """A bundle that was changed and signed again: its stored answers find every kind of weight, at each precision."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ from gptedge_runtime.verify import verify
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from ..signing import sign
+
 DECODE = "onnx/decode.onnx"
 DATA = "onnx/model.onnx_data"
 WEIGHTS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.UINT8: np.uint8}
@@ -24,14 +25,6 @@ Array = NDArray[Any]
 @pytest.fixture(params=["tiny", "int8", "int4"])
 def signed(request: pytest.FixtureRequest, bundles: Path, tmp_path: Path) -> Path:
     return shutil.copytree(bundles / str(request.param), tmp_path / "bundle")
-
-
-def sign(bundle: Path) -> None:
-    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
-    for entry in manifest["files"]:
-        data = (bundle / entry["path"]).read_bytes()
-        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
 
 def initializers(model: onnx.ModelProto) -> list[TensorProto]:
