@@ -27,7 +27,9 @@ GROUP_SIZES = range(8, 33)
 def look_twice(model: ir.Model, rough: Blocks) -> None:
     """Let the head, the last node with integers, compute the logits of all tokens by ``rough``, the best by its own.
 
-    The best have the same bits in any company, since each row is multiplied by itself; the others need not have them.
+    The best have the same bits in any company, since each row is multiplied by itself. The others need not have them,
+    and are lowered to the least of the best, so that none is chosen. Company can turn a choice only where it falls on
+    the last of the best, which by ``rough`` is all but the same as the next.
     """
     *_, head = (node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits")
     graph: Any = head.graph  # the model's, or the body of a Scan
@@ -50,8 +52,9 @@ def look_twice(model: ir.Model, rough: Blocks) -> None:
     rows = ops.Reshape(rows, [*outer, N_BEST, width + filling])  # (..., k, K')
     if filling:
         rows = ops.Slice(rows, [0], [width], [-1])  # (..., k, D)
-    exact = ops.MatMul(rows, ops.Unsqueeze(given, [-1]))  # (..., k, 1)
-    new = ops.ScatterElements(logits, best, ops.Squeeze(exact, [-1]), axis=-1)  # (..., V)
+    exact = ops.Squeeze(ops.MatMul(rows, ops.Unsqueeze(given, [-1])), [-1])  # (..., k)
+    others = ops.Min(logits, ops.ReduceMin(exact, [-1]))  # (..., V), of which none is to be chosen
+    new = ops.ScatterElements(others, best, exact, axis=-1)  # (..., V)
     head.append(ops.nodes)
     if old.is_graph_output():
         new.name, new.dtype, new.shape = old.name, old.dtype, old.shape

@@ -136,3 +136,22 @@ def test_a_head_of_4_bits_is_looked_at_once() -> None:
 
 def test_a_small_head_is_looked_at_once() -> None:
     assert prepare(make_model(), "int8", [IDS[0].tolist()], progress=False).rough_head is None
+
+
+def test_no_logit_of_4_bits_is_chosen(tmp_path: Path, any_head_is_large: None) -> None:
+    """Where all rows of the head are all but one, those of 8 bits mostly lie below the best others of 4."""
+    model = make_model()
+    with torch.no_grad():
+        model.out_head.weight[:] = model.out_head.weight[0] + 0.002 * torch.randn(1500, CONFIG.emb_dim)
+    prepared = prepare(model, "int8", [IDS[0].tolist()], progress=False)
+    graph = trace(prepared.model, "decode", 20, prepared.int8_cache)
+    _store_weights(prepared, "decode", graph, "int8")
+    (tmp_path / "onnx").mkdir()
+    weights.save({"decode": graph}, tmp_path / "onnx")
+    with prepared.as_computed():
+        exact, rough = Eager(prepared.model, prepared.rough_head)(IDS)
+    assert rough is not None
+    onnx = Graph(tmp_path, "decode", CONFIG, "int8").prefill(IDS)
+    chosen = onnx.argmax(-1, keepdims=True)
+    own, other = (np.abs(np.take_along_axis(x, chosen, -1) - onnx.max(-1, keepdims=True)) for x in (exact, rough))
+    assert own.max() < other.mean()
