@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime
 from gptedge_models import GPTModel
 from gptedge_runtime.bundle import PRECISIONS
+from gptedge_runtime.ort import import_onnxruntime
 from tqdm import tqdm
 
 from . import weights
@@ -88,7 +88,7 @@ def export_bundle(
     instruction model expects around ``{prompt}``; ``classifier``: needed if the model is one. ``cuda`` adds the
     graph that the runtime uses on a GPU, for fp32, fp16 and bf16. The same model, vocabulary and versions give the same
     bytes. Raises :class:`ExportError` where the arguments do not fit or ``out`` cannot be written, and
-    ``ParityError``, with ``out`` untouched, where a graph does not agree.
+    :class:`ParityError`, with ``out`` untouched, where a graph does not agree.
     """
     out = Path(out)
     if opset not in OPSETS:
@@ -108,7 +108,12 @@ def export_bundle(
             f"the tokenizer has {vocabulary.size:,} tokens, the model only {model.config.vocab_size:,}: "
             f"give the tokenizer of this model with --tokenizer"
         )
-    assert is_classifier(model) == (classifier is not None)
+    if is_classifier(model) != (classifier is not None):
+        raise ExportError(
+            "the model is a classifier, and no classes are given: give a Classifier"
+            if classifier is None
+            else "classes are given, and the model is no classifier: leave them out"
+        )
     model.eval()
     with atomic_folder(out, replace=force) as folder:
         texts, held_out = ([], []) if precision == "fp32" else sample_texts(vocabulary, model.config, calibration)
@@ -181,7 +186,7 @@ def _write_files(
     documents["known_answers.json"] = answers
     documents["export_report.json"] = {
         "precision": report.precision,
-        "versions": {name: version(name) for name in PRODUCERS} | {"onnxruntime": onnxruntime.__version__},
+        "versions": {name: version(name) for name in PRODUCERS} | {"onnxruntime": import_onnxruntime().__version__},
         "size_bytes": {path.name: path.stat().st_size for path in sorted((folder / "onnx").iterdir())},
         "worst": report.worst.to_dict(),
         "top1_agreement": report.top1_agreement,
@@ -253,6 +258,13 @@ def _write_json(path: Path, document: Any) -> None:
 def _card(model: GPTModel, report: Report) -> str:
     config, worst = model.config, report.worst
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    rounded, cost = "", ""
+    if (quality := report.quality) is not None:
+        rounded = f", rounded as {report.precision} is,"
+        cost = (
+            f"Beside the model as it was, on {quality.tokens:,} tokens of {quality.text}: the same next token after "
+            f"{quality.top1_agreement:.2%}, logits at most {quality.max_abs_diff:.2g} apart.\n"
+        )
     return f"""# GPT, {parameters:,} parameters, {report.precision}
 
 {config.n_layers} layers, {config.n_heads} heads, width {config.emb_dim}, context {config.context_length} tokens, \
@@ -260,7 +272,7 @@ vocabulary {config.vocab_size}.
 
     gptedge {"classify" if is_classifier(model) else "generate"} . "Hello, I am"
 
-Held against the PyTorch model in {len(report.checks)} comparisons at export: the logits differ by at most \
-{worst.max_abs_diff:.2g} at the worst place (bound {worst.bound:.2g}); all are in `export_report.json`.
-`gptedge verify .` checks every file and the stored answers again.
+Held against the PyTorch model{rounded} in {len(report.checks)} comparisons at export; in the one nearest to its bound \
+the logits differ by {worst.max_abs_diff:.2g} (bound {worst.bound:.2g}).
+{cost}All figures are in `export_report.json`. `gptedge verify .` checks every file and the stored answers again.
 """

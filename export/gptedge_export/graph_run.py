@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from gptedge_models import GPTConfig
-from gptedge_runtime.ort import attention_of_cache
+from gptedge_runtime.ort import attention_of_cache, import_onnxruntime
 from numpy.typing import NDArray
 from onnx_ir.passes.common import NameFixPass
 
@@ -29,6 +28,7 @@ class Graph:
     """
 
     def __init__(self, folder: Path, name: str, config: GPTConfig, precision: str = "fp32") -> None:
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .bundle import ClassifierSpec, open_bundle
-from .errors import InputError
+from .errors import InputError, not_finite
 from .limits import check_timeout, count_threads
 from .provider import choose_provider, open_session
 from .session import Session
@@ -52,7 +52,7 @@ class Classifier:
         """Return the class of ``text`` by the logits of its last token, as the book does.
 
         The text is cut or padded to the length to which the training padded it, and padding counts as tokens. Raises
-        :class:`InputError` for a text without tokens.
+        :class:`InputError` for a text without tokens, and :class:`BundleError` for logits that are not finite.
         """
         ids = self._tokenizer.encode(text)
         if not ids:
@@ -60,6 +60,8 @@ class Classifier:
         length = self._spec.max_length or min(len(ids), self._session.model.context_length)
         ids = (ids + [self._spec.pad_token_id] * length)[:length]
         logits = self._session.forward(np.array([ids]))[0, -1].astype(np.float64)  # (n_classes,)
+        if not np.isfinite(logits).all():
+            raise not_finite()
         shares = np.exp(logits - logits.max())
         probabilities = dict(zip(self.labels, (shares / shares.sum()).tolist(), strict=True))
         return Classification(self.labels[int(logits.argmax())], probabilities)

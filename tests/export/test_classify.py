@@ -1,21 +1,24 @@
 """The book's chapter 6 classifier, from its state dict to the command, against the book's way to classify."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from gptedge_export import load_vocabulary
+from gptedge_export import export_bundle, load_vocabulary
 from gptedge_export.classifier import Classifier, describe_classifier
 from gptedge_export.errors import ExportError
 from gptedge_models import CheckpointError, GPTConfig, GPTModel, load_checkpoint
+from gptedge_runtime import BundleError, InputError, load, load_classifier
 from gptedge_runtime import Classifier as TextClassifier
-from gptedge_runtime import InputError, load, load_classifier
 from torch import nn
 
 from ..commands import run
+from ..signing import sign
 
 CONFIG = GPTConfig(vocab_size=257, context_length=16, emb_dim=8, n_heads=2, n_layers=1, qkv_bias=True)
 PAD, MAX_LENGTH = 256, 12
@@ -157,3 +160,18 @@ def test_export_hf_refuses_a_classifier(folder: Path) -> None:
     result = run("export-hf", *source, "-o", folder / "hf")
     assert (result.returncode, result.stdout) == (2, "")
     assert "is a classifier" in result.stderr
+
+
+def test_logits_that_are_not_finite_are_no_class(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bundle", tmp_path / "bundle")
+    weights = np.memmap(tmp_path / "bundle/onnx/model.onnx_data", np.float32, "r+")
+    weights[:] = np.nan
+    weights.flush()
+    classifier = load_classifier(sign(tmp_path / "bundle"))
+    with pytest.raises(BundleError, match="not finite"):
+        classifier.classify("a")
+
+
+def test_the_library_asks_for_the_classes_too(model: GPTModel, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="give a Classifier"):
+        export_bundle(model, tmp_path / "bundle", vocabulary=load_vocabulary("bytes"))
