@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import glob
+import json
 import os
 import shutil
 import sys
@@ -19,11 +20,13 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def atomic_folder(target: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that takes its place when the block ends without an error.
 
-    An existing ``target`` is replaced only if ``replace`` is true and it holds a ``manifest.json`` or nothing. What
-    killed exports left behind is removed first. Raises :class:`ExportError` where ``target`` cannot be written.
+    An existing ``target`` is replaced only if ``replace`` is true and it holds nothing, or a ``manifest.json`` and no
+    file that this does not list. What killed exports left behind is removed first. Raises :class:`ExportError` where
+    ``target`` cannot be written.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link that is to be replaced
     _check(target, replace)
+    _check_others(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
@@ -51,10 +54,27 @@ def _check(target: Path, replace: bool) -> None:
         raise ExportError(f"{target} exists and is no folder: choose another -o")
     if not target.is_dir() or not any(target.iterdir()):
         return
-    if not (target / "manifest.json").is_file():
-        raise ExportError(f"{target} exists and is no bundle: choose another -o")
+    if _listed(target) is None:
+        raise ExportError(f"{target} exists and is no bundle: choose another -o, or remove it")
     if not replace:
         raise ExportError(f"{target} exists: use --force to replace it, or choose another -o")
+
+
+def _listed(target: Path) -> set[str] | None:
+    """Return the names of a bundle's files by its manifest; None where it has none."""
+    try:
+        manifest = json.loads((target / "manifest.json").read_bytes())
+        return {"manifest.json", *(file["path"] for file in manifest["files"])}
+    except (OSError, ValueError, RecursionError, TypeError, LookupError):
+        return None
+
+
+def _check_others(target: Path) -> None:
+    """Refuse to replace, and so to remove, what is no file of a bundle."""
+    listed = _listed(target) or set()
+    for path in target.rglob("*"):
+        if not path.is_dir() and (name := path.relative_to(target).as_posix()) not in listed:
+            raise ExportError(f"{target} holds {name}, which is no part of its bundle: move it, or choose another -o")
 
 
 def _make_work(target: Path) -> tuple[Path, contextlib.ExitStack]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -66,9 +67,14 @@ def wait_for(counter: Counter, number: int) -> None:
         time.sleep(0.001)
 
 
+def read_all(target: Path) -> set[str]:
+    first, *others = [(target / name).read_text() for name in FILES]
+    return {str(json.loads(first)["text"]), *others}
+
+
 def content(target: Path) -> str:
     """The one content of all four files; a mixture fails."""
-    (text,) = {(target / name).read_text() for name in FILES}
+    (text,) = read_all(target)
     assert sorted(p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()) == sorted(FILES)
     return text
 
@@ -83,7 +89,11 @@ def put(target: Path, text: str, *, replace: bool = True, before: Callable[[int]
         (work / "onnx").mkdir()
         for number, name in enumerate(FILES):
             before(number)
-            (work / name).write_text(text)
+            (work / name).write_text(manifest(text) if name == "manifest.json" else text)
+
+
+def manifest(text: str) -> str:
+    return json.dumps({"text": text, "files": [{"path": name} for name in FILES[1:]]})
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -115,7 +125,7 @@ def read_at_once(target: Path) -> set[str]:
     """The contents of the files of the folder that has the name now; none where it was removed in the meantime."""
     descriptor = os.open(target, os.O_RDONLY)
     try:
-        return {Path(f"/proc/self/fd/{descriptor}/{name}").read_text() for name in FILES}
+        return read_all(Path(f"/proc/self/fd/{descriptor}"))
     except FileNotFoundError:
         return set()
     finally:
@@ -288,3 +298,22 @@ def test_the_command_killed_over_a_bundle_leaves_the_old_one_or_the_new_one(
     assert verify(bundle).prompts > 0
     put(bundle, "next")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "config.json"]
+
+
+@pytest.mark.parametrize("content", ['{"name": "my web app"}', "[]", "mine", "[" * 10**5])
+def test_a_folder_with_a_manifest_of_other_kind_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    target = tmp_path / "app"
+    target.mkdir()
+    (target / "manifest.json").write_text(content)
+    with pytest.raises(ExportError, match="is no bundle"):
+        put(target, "new")
+    assert (target / "manifest.json").read_text() == content
+
+
+def test_a_bundle_with_a_file_of_the_users_is_left_as_it_is(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    put(target, "old")
+    (target / "onnx/notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"holds onnx/notes\.txt"):
+        put(target, "new")
+    assert (target / "onnx/notes.txt").read_text() == "mine"
