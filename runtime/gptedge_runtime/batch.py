@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .batch_files import Source, Target
+from .batch_files import Source, Target, files_beside
 from .batch_parquet import import_pyarrow, is_parquet
 from .batch_rows import Answer, Defaults, answer_window
 from .bundle import MANIFEST, open_bundle
@@ -124,6 +124,8 @@ def _check(job: Job, source_path: str, target_path: str) -> Source:
     count_steps([1], 0, 1, job.defaults.on_overflow)
     if not source.path.is_file():
         raise InputError(f"there is no file {source_path}: check the path")
+    if any(file.exists() and file.samefile(source.path) for file in files_beside(Path(target_path))):
+        raise InputError(f"{source_path} has the name of a file that goes with {target_path}: give another OUT")
     if is_parquet(Path(target_path)):
         import_pyarrow()
     return source

@@ -54,6 +54,11 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line.removesuffix(b"\n")
 
 
+def files_beside(path: Path) -> tuple[Path, Path, Path]:
+    """Return what stands beside a file of answers: its job, and for Parquet its rows and the file that becomes it."""
+    return Path(f"{path}.job.json"), Path(f"{path}.rows.jsonl"), Path(f"{path}.tmp")
+
+
 class Target:
     """The file of answers, one JSON line each in the order of the input, written by one run at a time.
 
@@ -64,7 +69,8 @@ class Target:
 
     def __init__(self, path: Path, job: dict[str, Any]) -> None:
         self._path = path
-        self._rows_path = Path(f"{path}.rows.jsonl") if is_parquet(path) else path
+        self._job_path, rows_path, self._unfinished = files_beside(path)
+        self._rows_path = rows_path if is_parquet(path) else path
         if self._rows_path.exists() and not self._rows_path.is_file():  # a device may hold rows without end
             raise InputError(f"{self._rows_path} is no plain file: give another OUT")
         try:
@@ -73,7 +79,7 @@ class Target:
             raise self._cannot_write(error) from error
         try:
             _lock(self._file, path)
-            _compare_job(path, job)
+            self._compare_job(job)
             self.n_rows = self._cut_torn_row()
         except BaseException:
             self._file.close()
@@ -85,11 +91,19 @@ class Target:
         with self._rows_path.open("rb") as rows:
             for number, row in enumerate(rows, 1):
                 line = next(lines, None)
-                if line is None or json.loads(row)["id"] != read_id(line):
+                if line is None or self._read_id(row, number) != read_id(line):
                     raise InputError(
                         f"line {number} of {self._rows_path} does not answer line {number} of {source.path}: "
                         "it belongs to another input: give another OUT, or delete it"
                     )
+
+    def _read_id(self, row: bytes, number: int) -> Any:
+        try:
+            return json.loads(row)["id"]
+        except (ValueError, RecursionError, TypeError, LookupError) as error:
+            raise InputError(
+                f"line {number} of {self._rows_path} is no answer: it was changed: give another OUT, or delete it"
+            ) from error
 
     def append(self, lines: bytes) -> None:
         """Add answers and return when they are on the disk."""
@@ -106,7 +120,7 @@ class Target:
         if self._path == self._rows_path:
             return
         try:
-            write_parquet(self._rows_path, self._path)
+            write_parquet(self._rows_path, self._unfinished, self._path)
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -125,6 +139,25 @@ class Target:
                     n_rows, end = n_rows + 1, end + len(row)
         self._file.truncate(end)
         return n_rows
+
+    def _compare_job(self, job: dict[str, Any]) -> None:
+        """Refuse what was begun as another job, or not by this command; begin anew by writing the job down."""
+        text = json.dumps(job, indent=2)
+        begun = _read_job(self._job_path, text)
+        rows = [self._path, self._rows_path]
+        if not any(file.exists() and file.stat().st_size for file in rows):
+            if begun is None and self._job_path.exists():
+                raise InputError(f"{self._job_path} is no job of this command: give another OUT")
+            return _write_job(self._job_path, text)
+        if begun is None:
+            raise InputError(f"{self._path} holds something, and no {self._job_path} says what: give another OUT")
+        for name, value in job.items():
+            if begun.get(name) != value:
+                raise InputError(
+                    f"{self._path} was begun with {name} {str(begun.get(name))[:16]!r}, now it is "
+                    f"{str(value)[:16]!r}: give the same as then, or another OUT"
+                )
+        return None
 
     def _cannot_write(self, error: OSError) -> InputError:
         return InputError(
@@ -148,29 +181,20 @@ def _lock(file: FileIO, path: Path) -> None:
         raise InputError(f"another run writes {path}: wait for its end, or give another OUT") from error
 
 
-def _compare_job(path: Path, job: dict[str, Any]) -> None:
-    """Refuse a file that was begun as another job, or not by this command; begin a new one by writing its job down."""
-    job_path = Path(f"{path}.job.json")
-    rows = [path, Path(f"{path}.rows.jsonl")]
-    if not any(file.exists() and file.stat().st_size for file in rows):
-        return _write_job(job_path, job)
+def _read_job(path: Path, new: str) -> dict[str, Any] | None:
+    """Return the job in this file, ``{}`` for a beginning of the new one's text; None where it holds no job."""
     try:
-        begun = json.loads(job_path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} holds something, and no {job_path} says what: give another OUT") from error
-    for name, value in job.items():
-        if begun.get(name) != value:
-            raise InputError(
-                f"{path} was begun with {name} {str(begun.get(name))[:16]!r}, now it is {str(value)[:16]!r}: "
-                "give the same as then, or another OUT"
-            )
-    return None
+        text = path.read_text("utf-8")
+        begun = {} if new.startswith(text) and text != new else json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return begun if isinstance(begun, dict) and (not begun or "bundle_sha256" in begun) else None
 
 
-def _write_job(path: Path, job: dict[str, Any]) -> None:
+def _write_job(path: Path, text: str) -> None:
     try:
         with path.open("w", encoding="utf-8") as file:
-            json.dump(job, file, indent=2)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -33,13 +33,17 @@ def parquet_row_count(path: Path) -> int:
 
 def parquet_lines(path: Path) -> Iterator[bytes]:
     """Yield each row as a JSON line; a null is as good as a field that is not there."""
-    for batch in _open(path).iter_batches(_GROUP_ROWS):
-        for row in batch.to_pylist():
-            values = {name: value for name, value in row.items() if value is not None}
-            yield json.dumps(values, ensure_ascii=False, default=lambda value: [type(value).__name__]).encode()
+    file = _open(path)
+    try:
+        for batch in file.iter_batches(_GROUP_ROWS):
+            for row in batch.to_pylist():
+                values = {name: value for name, value in row.items() if value is not None}
+                yield json.dumps(values, ensure_ascii=False, default=lambda value: [type(value).__name__]).encode()
+    except (import_pyarrow().ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"cannot read a row of {path} ({type(error).__name__}): mend the file") from error
 
 
-def write_parquet(rows: Path, path: Path) -> None:
+def write_parquet(rows: Path, unfinished: Path, path: Path) -> None:
     """Write JSON lines of answers as Parquet, whole or not at all; ids are int64 if all are numbers, else strings."""
     pa = import_pyarrow()
     with rows.open("rb") as file:
@@ -53,7 +57,6 @@ def write_parquet(rows: Path, path: Path) -> None:
             "error": pa.string(),
         }
     )
-    unfinished = Path(f"{path}.tmp")
     with rows.open("rb") as file, pa.parquet.ParquetWriter(unfinished, schema) as writer:
         while group := [json.loads(line) for line in islice(file, _GROUP_ROWS)]:
             for row in group:

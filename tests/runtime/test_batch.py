@@ -325,3 +325,57 @@ def test_ten_thousand_rows_killed_three_times_are_byte_for_byte_those_of_an_undi
     done = gptedge(*command, killed, "-n", 9)
     assert done.returncode == 0, done.stderr
     assert killed.read_bytes() == quiet.read_bytes()
+
+
+@pytest.mark.parametrize("beside", ["job.json", "rows.jsonl", "tmp"])
+def test_an_input_that_the_run_would_write_over_is_refused(
+    batch: Callable[..., Summary], tmp_path: Path, beside: str
+) -> None:
+    source = write_rows(tmp_path / f"out.parquet.{beside}", make_rows(3))
+    before = source.read_bytes()
+    with pytest.raises(InputError, match="give another OUT"):
+        batch(source, tmp_path / "out.parquet")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ['{"my": "file"}', "mine", "[]", "[" * 10**5])
+def test_a_job_file_of_other_origin_is_left_as_it_is(
+    batch: Callable[..., Summary], tmp_path: Path, content: str
+) -> None:
+    job = tmp_path / "out.jsonl.job.json"
+    job.write_text(content)
+    with pytest.raises(InputError, match="no job of this command"):
+        batch(write_rows(tmp_path / "in.jsonl", make_rows(3)), tmp_path / "out.jsonl")
+    assert job.read_text() == content
+
+
+@pytest.mark.parametrize("length", [0, 1, 40])
+def test_a_job_file_that_was_cut_off_is_written_anew(
+    batch: Callable[..., Summary], tmp_path: Path, length: int
+) -> None:
+    source, target = write_rows(tmp_path / "in.jsonl", make_rows(3)), tmp_path / "out.jsonl"
+    batch(source, target)
+    job = tmp_path / "out.jsonl.job.json"
+    whole = job.read_bytes()
+    job.write_bytes(whole[:length])
+    target.unlink()
+    batch(source, target)
+    assert job.read_bytes() == whole
+
+
+@pytest.mark.parametrize("row", [b"nonsense", b"", b"[]", b'{"x": 1}', b"[" * 10**5])
+def test_an_answer_that_was_changed_is_named(batch: Callable[..., Summary], tmp_path: Path, row: bytes) -> None:
+    source, target = write_rows(tmp_path / "in.jsonl", make_rows(5)), tmp_path / "out.jsonl"
+    batch(source, target)
+    lines = target.read_bytes().splitlines()
+    target.write_bytes(b"\n".join([*lines[:2], row, *lines[3:]]) + b"\n")
+    with pytest.raises(InputError, match=r"line 3 of .*out\.jsonl is no answer"):
+        batch(source, target)
+
+
+def test_a_parquet_file_with_a_row_that_cannot_be_read_is_named(batch: Callable[..., Summary], tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    prompts = pa.array([b"a\xff"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"id": [1], "prompt": prompts}), tmp_path / "in.parquet")
+    with pytest.raises(InputError, match=r"cannot read a row of .*in\.parquet \(UnicodeDecodeError\)"):
+        batch(tmp_path / "in.parquet", tmp_path / "out.jsonl")
