@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from .bundle import MANIFEST, Bundle
@@ -56,8 +58,11 @@ def site(bundle: Bundle, ort: str | os.PathLike[str] | None = None) -> Site:
 
 
 def _find_ort(given: str | os.PathLike[str] | None) -> Path:
-    here = Path.cwd()
-    folders = [Path(given)] if given is not None else [folder / ORT_DIST for folder in (here, *here.parents)]
+    if given is not None:
+        folders = [Path(given)]
+    else:
+        here = Path.cwd()
+        folders = [folder / ORT_DIST for folder in (here, *here.parents)]
     for folder in folders:
         if all((folder / name).is_file() for name in ORT_FILES):
             return folder.resolve()
@@ -73,11 +78,16 @@ def write_site(files: Site, output: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InputError(f"{output} is not empty: give a new folder")
-        for name, source in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+        try:
+            for name, source in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / name)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     except OSError as error:
-        raise InputError(f"cannot write {error.filename} ({error.strerror}): give another folder") from error
+        place = error.filename2 or error.filename
+        raise InputError(f"cannot write {place} ({error.strerror}): give another folder") from error
 
 
 class Server(ThreadingHTTPServer):
@@ -89,6 +99,11 @@ class Server(ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise InputError(f"port {port} cannot be used ({error.strerror}): give another with --port") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a reader who has left."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -102,10 +117,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert isinstance(self.server, Server)
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            name = urlsplit(self.path).path.removeprefix("/") or "index.html"
+        except ValueError:  # "[" and no address behind it
+            return self.send_error(HTTPStatus.BAD_REQUEST)
         if host not in ("127.0.0.1", "localhost"):  # a foreign name that was made to point here
             return self.send_error(HTTPStatus.FORBIDDEN)
-        name = urlsplit(self.path).path.removeprefix("/") or "index.html"
         if name not in self.server.files:
             return self.send_error(HTTPStatus.NOT_FOUND)
         return self._send(self.server.files[name])
@@ -115,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             with path.open("rb") as file:
                 self.send_response(HTTPStatus.OK)
                 self.send_header("Content-Type", TYPES.get(path.suffix, "application/octet-stream"))
-                self.send_header("Content-Length", str(path.stat().st_size))
+                self.send_header("Content-Length", str(os.fstat(file.fileno()).st_size))
                 for name, value in HEADERS.items():
                     self.send_header(name, value)
                 self.end_headers()

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -129,3 +131,26 @@ def test_a_folder_that_holds_something_is_left_alone(files: Site, tmp_path: Path
 def test_a_taken_port_is_refused_in_one_line(server: Server, files: Site) -> None:
     with pytest.raises(GptEdgeError, match=f"port {server.server_port} cannot be used"):
         Server(files, server.server_port)
+
+
+@pytest.mark.parametrize("host", ["[", "]", "[zz]"])
+def test_a_host_that_is_no_address_is_refused(server: Server, host: str) -> None:
+    assert ask(server, "/", host=host).status in (400, 403)
+
+
+def test_a_reader_that_leaves_is_not_told_of(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as reader:
+            reader.sendall(b"GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\nGET")
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+    assert ask(server, "/nothing").status == 404
+    server.shutdown()
+    server.server_close()  # joins the threads that answer
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_filled_is_not_left_half(files: Site, tmp_path: Path) -> None:
+    files["missing"] = tmp_path / "missing"
+    with pytest.raises(GptEdgeError, match="missing"):
+        write_site(files, str(tmp_path / "site"))
+    assert not (tmp_path / "site").exists()
