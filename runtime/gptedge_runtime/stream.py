@@ -70,13 +70,15 @@ class TextStream(Iterator[str]):
         self.prompt_token_ids = request.prompt_token_ids
         self.prefill_ms = 0.0
         self.decode_ms = 0.0
-        self._steps = steps
-        self._n_decoded = 0
+        self._steps: Iterator[dict[int, int]] | None = steps
+        self._n_steps = 0
         self._continuation = Continuation(request, tokenizer)
-        self._pieces = self._read()
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        while self._steps is not None:
+            if piece := self._read_step(self._steps):
+                return piece
+        raise StopIteration
 
     @property
     def token_ids(self) -> list[int]:
@@ -91,29 +93,26 @@ class TextStream(Iterator[str]):
     @property
     def tokens_per_s(self) -> float | None:
         """Speed of the steps after the prompt was read; None before there are any."""
-        return 1000 * self._n_decoded / self.decode_ms if self._n_decoded else None
+        return 1000 * (self._n_steps - 1) / self.decode_ms if self._n_steps > 1 else None
 
-    def _read(self) -> Iterator[str]:
-        for token_id in self._timed_ids():
-            if piece := self._continuation.push(token_id):
-                yield piece
-            if self._continuation.finish_reason:
-                break
-        if piece := self._continuation.finish():
-            yield piece
-
-    def _timed_ids(self) -> Iterator[int]:
-        """The time that the reader of the stream takes for itself does not count."""
+    def _read_step(self, steps: Iterator[dict[int, int]]) -> str:
+        """Return the text that the next id completes; the time that the reader takes for itself does not count."""
         started = time.perf_counter()
-        for number, step in enumerate(self._steps):
-            elapsed_ms = 1000 * (time.perf_counter() - started)
-            if number == 0:
-                self.prefill_ms = elapsed_ms
-            else:
-                self.decode_ms += elapsed_ms
-            self._n_decoded = number
-            yield step[0]
-            started = time.perf_counter()
+        step = next(steps, None)
+        elapsed_ms = 1000 * (time.perf_counter() - started)
+        if step is None:
+            return self._end()
+        if self._n_steps == 0:
+            self.prefill_ms = elapsed_ms
+        else:
+            self.decode_ms += elapsed_ms
+        self._n_steps += 1
+        piece = self._continuation.push(step[0])
+        return piece + self._end() if self.finish_reason else piece
+
+    def _end(self) -> str:
+        self._steps = None  # which holds the cache
+        return self._continuation.finish()
 
 
 class Cutter:

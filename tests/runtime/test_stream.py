@@ -1,5 +1,7 @@
 """Streamed text: the same as all at once, whole characters only, cut before a stop text."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -137,3 +139,22 @@ def test_wrong_arguments_raise_at_the_call_and_not_at_the_first_piece(
 ) -> None:
     with pytest.raises(InputError, match=said):
         tiny.stream(prompt, **options)
+
+
+def test_a_stream_that_is_dropped_gives_its_cache_back_at_once(tiny: GPT) -> None:
+    stream = tiny.stream("hello", max_new_tokens=9)
+    next(stream)
+    steps = weakref.ref(stream._steps)
+    gc.disable()
+    try:
+        del stream
+        assert steps() is None
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_has_ended_holds_no_cache(tiny: GPT) -> None:
+    stream = tiny.stream("hello", max_new_tokens=9, stop=tiny.generate("hello", max_new_tokens=2)[-1])
+    steps = weakref.ref(stream._steps)
+    assert list(stream)[0:0] == []
+    assert (stream.finish_reason, steps()) == ("stop", None)
