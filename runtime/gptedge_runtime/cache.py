@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError
+from .errors import not_finite
 from .limits import ShouldStop
 from .mapped import let_go
+from .ort import empty
+from .workers import is_cut_off
 
 if TYPE_CHECKING:
     from .session import Session
@@ -60,7 +62,7 @@ class Cache:
             is_finite = min(ids) >= 0
         if not is_finite:
             self.is_finite = False
-            raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
+            raise not_finite()
         return ids
 
     @property
@@ -152,7 +154,7 @@ class Step:
         }
         flat = [array.reshape(-1).data for array in self._feeds.values()]
         self._ids, self._positions, self._last, self._total, _ = flat
-        self.logits = np.empty((batch, n_tokens, session.model.n_outputs), np.float32)
+        self.logits = empty(batch, n_tokens, session.model.n_outputs)
         self.logits_of = [list(logits) for logits in self.logits]  # of a row's token (V,), the same memory
         self.least_s = np.inf
         self._binding = session.bind(self._feeds, key_values, self.logits)
@@ -177,7 +179,7 @@ class Step:
             self._last[row] = place + n_drafts
         self._total[0] = max(places) + 1 + n_drafts
         started = time.perf_counter()
-        if self.least_s > SHORT_STEP_S or self._session.timeout_s is not None:
+        if self.least_s > SHORT_STEP_S or self._session.timeout_s is not None or is_cut_off():
             self._session.run_long(self._binding, should_stop)
         else:
             self._session.run(self._binding)

@@ -53,6 +53,11 @@ class TimeLimitError(GptEdgeError, TimeoutError):
     """The time limit that was given is over."""
 
 
+def not_finite() -> BundleError:
+    """Return what to say about logits that are NaN or infinite."""
+    return BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
+
+
 class VerificationError(GptEdgeError):
     """The bundle computes something else than the model it was exported from."""
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .errors import BundleError, InputError
+from .errors import InputError, not_finite
 from .gpt import GPT
 from .inputs import read_count
 
@@ -49,7 +49,7 @@ def evaluate(gpt: GPT, text: str, *, stride: int | None = None, progress: bool =
             if end == len(ids) - 1:
                 break
     if not np.isfinite(nats):
-        raise BundleError("the model's logits are not finite: its weights are damaged or overflow, export it again")
+        raise not_finite()
     return Evaluation(float(np.exp(nats / scored)), nats / scored, scored, window, stride)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from .cache import Cache, Logits
 from .errors import InputError, shown
-from .limits import ShouldStop, Stopped, until
+from .limits import ShouldStop, Stopped, TimeLimit
 from .session import Session
 from .speculate import Speculation, is_close
 
+MAX_TEMPERATURE = float(np.finfo(np.float64).max)
 Decode = Callable[[Sequence[int], ShouldStop], None]
 
 
@@ -22,7 +23,8 @@ class Sampling:
     """How to draw a token instead of taking the most likely one.
 
     ``temperature`` divides the logits (0 takes the most likely token), ``top_k`` keeps the k most likely tokens,
-    ``top_p`` the fewest most likely ones that reach this probability together. One ``seed`` gives the same ids again.
+    ``top_p`` the fewest most likely ones that reach this probability together. One ``seed`` gives the same ids again,
+    to the first row of a batch those of a prompt alone.
     Raises :class:`InputError` for a value out of range.
     """
 
@@ -32,7 +34,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if type(self.temperature) not in (int, float) or not 0 <= self.temperature < np.inf:
+        if type(self.temperature) not in (int, float) or not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise InputError(f"temperature is {shown(self.temperature)}: give a number of at least 0")
         if type(self.top_p) not in (int, float) or not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {shown(self.top_p)}: give a number above 0 and at most 1")
@@ -84,21 +86,22 @@ def generate(
     returns true. Raises :class:`BundleError` for logits that are not finite, and ``TimeLimitError`` when the session's
     time limit is over.
     """
-    should_stop = until(session.timeout_s, should_stop)
+    limit = TimeLimit(session.timeout_s, should_stop)
     is_greedy = sampling is None or sampling.temperature == 0
-    run = partial(_run, session, sampling, should_stop, speculate)
+    run = partial(_run, session, sampling, limit, speculate)
     alone, n_new = set[int](), [0] * len(prompts)
     try:
         bits_count = len(prompts) > 1 and is_greedy and session.holds_batches
-        if bits_count and not (session.rounds_finely or session.is_batch_invariant):
+        if bits_count and not (session.rounds_finely or session.is_batch_invariant(limit)):
             alone.update(range(len(prompts)))
         else:
-            for step in run(prompts, n_steps, given_up, alone):
+            for step in limit.pausing(run(prompts, n_steps, given_up, alone)):
                 for b in step:
                     n_new[b] += 1
                 yield step
         for b in sorted(alone):
-            for step in islice(run([prompts[b]], [n_steps[b]], frozenset(), set()), n_new[b], None):
+            steps = limit.pausing(run([prompts[b]], [n_steps[b]], frozenset(), set()))
+            for step in islice(steps, n_new[b], None):
                 yield {b: step[0]}
                 if b in given_up:
                     break
@@ -139,7 +142,7 @@ def _run(
             _read_on(cache, decode, rows, running, context_length, should_stop)
             if is_watched:
                 doubtful = {b for b in running if is_close(cache.logits[b], session.parity)}
-                if doubtful and session.is_batch_invariant:
+                if doubtful and session.is_batch_invariant(should_stop):
                     is_watched = False
                 else:
                     close.update(doubtful)
@@ -186,8 +189,12 @@ def choose(
 
 def draw(logits: Logits, sampling: Sampling, random: np.random.Generator) -> int:
     """Return an id drawn from logits float32 (V,)."""
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the most likely to -inf, as it should
-        scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
+    with np.errstate(all="ignore"):  # a tiny temperature sends all but the most likely to -inf and 0, as it should
+        return _draw(logits, sampling, random)
+
+
+def _draw(logits: Logits, sampling: Sampling, random: np.random.Generator) -> int:
+    scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -sampling.top_k)[-sampling.top_k]] = -np.inf
     probabilities = np.exp(scaled) / np.exp(scaled).sum()

@@ -33,7 +33,7 @@ def load(
     ``provider`` is ``cpu``, ``cuda``, or ``auto``: ``cuda`` where that works, else ``cpu``. ``threads`` defaults to the
     CPUs this process may use, and is at most that. ``timeout_s``, for a bundle that you do not trust, ends each call
     that computes for longer, also where its graph never ends, with ``TimeLimitError``. ``progress`` shows a bar on
-    stderr while a large bundle is checked.
+    stderr while a large bundle is checked. A forked process opens the bundle itself: onnxruntime's threads stay behind.
     Raises ``BundleNotFoundError``, ``BundleError``, ``ProviderError``, ``OutOfMemoryError`` or ``InputError``.
     """
     device, n_threads = choose_provider(provider), count_threads(threads)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from .bundle import MANIFEST, Bundle, GraphSpec, ModelConfig, TensorSpec
 from .cache import Logits
 from .errors import BundleError
-from .limits import never, until
+from .limits import TimeLimit
 from .ort import compare_graphs, import_onnxruntime, open_graph, run_error, run_options
 from .workers import in_worker
 
@@ -72,7 +72,7 @@ class Graph:
     def run(self, feeds: Feeds) -> Feeds:
         """Return the outputs by name."""
         options = run_options(self._ort)
-        return in_worker(lambda: self._run(feeds, options), options, until(self._timeout_s, never))
+        return in_worker(lambda: self._run(feeds, options), options, TimeLimit(self._timeout_s))
 
     def _run(self, feeds: Feeds, options: Any) -> Feeds:
         names = [output.name for output in self._session.get_outputs()]

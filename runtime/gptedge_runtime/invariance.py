@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from .limits import never, until
+from .limits import ShouldStop, TimeLimit
 
 if TYPE_CHECKING:
     from .session import Session
@@ -27,7 +27,7 @@ def step_difference(session: "Session", n_tokens: int) -> float | None:
     where keys, values or the last logits, if they alone are asked for, have other bits, and where the context is too
     short to tell.
     """
-    should_stop = until(session.timeout_s, never)  # a bundle's time limit holds here, too
+    should_stop = TimeLimit(session.timeout_s)  # a bundle's time limit holds here, too
     prompt, rest = _text(session, n_tokens)
     if not prompt:
         return None
@@ -52,12 +52,11 @@ def step_difference(session: "Session", n_tokens: int) -> float | None:
     return most if is_exact and most <= _MAX_DIFFERENCE else None
 
 
-def is_batch_invariant(session: "Session", n_rows: int) -> bool:
+def is_batch_invariant(session: "Session", n_rows: int, should_stop: ShouldStop) -> bool:
     """Read prompts and a token alone and as so many rows, and compare the best logits' bits.
 
-    False also where the context is too short to tell.
+    False also where the context is too short to tell. Raises ``Stopped``.
     """
-    should_stop = until(session.timeout_s, never)
     prompt, rest = _text(session, 1)
     prompts = [prompt[:length] for length in range(1, 4)]
     if len(prompt) < len(prompts):

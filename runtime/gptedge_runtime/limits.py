@@ -1,13 +1,16 @@
 """What a call may use: CPUs, and time until it is stopped."""
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import InputError, TimeLimitError, shown
 
 ShouldStop = Callable[[], bool]
+T = TypeVar("T")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "microseconds of CPU time, period", or "max period"
 
@@ -17,18 +20,25 @@ def never() -> bool:
     return False
 
 
-def until(timeout_s: float | None, should_stop: ShouldStop) -> ShouldStop:
-    """Return a ``should_stop`` that raises :class:`TimeLimitError` from ``timeout_s`` seconds on, counted from now."""
-    if timeout_s is None:
-        return should_stop
-    end = time.monotonic() + timeout_s
+class TimeLimit:
+    """A ``should_stop`` that raises :class:`TimeLimitError` from ``timeout_s`` seconds on, counted from now."""
 
-    def check() -> bool:
-        if time.monotonic() >= end:
-            raise TimeLimitError(f"not done after {timeout_s:g} seconds: allow more time, or distrust the bundle")
-        return should_stop()
+    def __init__(self, timeout_s: float | None, should_stop: ShouldStop = never) -> None:
+        self._timeout_s, self._should_stop = timeout_s, should_stop
+        self._end = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
 
-    return check
+    def __call__(self) -> bool:
+        """Ask the caller's ``should_stop``, too."""
+        if time.monotonic() >= self._end:
+            raise TimeLimitError(f"not done after {self._timeout_s:g} seconds: allow more time, or distrust the bundle")
+        return self._should_stop()
+
+    def pausing(self, steps: Iterator[T]) -> Iterator[T]:
+        """Yield what comes; the time that the reader takes for itself does not count."""
+        for step in steps:
+            paused = time.monotonic()
+            yield step
+            self._end += time.monotonic() - paused
 
 
 class Stopped(Exception):  # noqa: N818 - an answer to should_stop, not an error

@@ -5,9 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .bundle import Bundle, GraphSpec, TensorSpec
 from .errors import BundleError, GptEdgeError, OutOfMemoryError, ProviderError
 from .mapped import opening
+from .workers import no_thread
 
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 NOT_CAPTURED = -1
@@ -59,6 +63,14 @@ def _is_about_memory(error: Exception) -> bool:
     )
 
 
+def empty(*shape: int) -> NDArray[np.float32]:
+    """Return an array to write to. Raises :class:`OutOfMemoryError`."""
+    try:
+        return np.empty(shape, np.float32)
+    except MemoryError as error:
+        raise out_of_memory() from error
+
+
 def out_of_memory() -> OutOfMemoryError:
     """Return what to say where memory ran out."""
     return OutOfMemoryError("out of memory: end other programs, or take a smaller bundle, prompt or batch")
@@ -99,6 +111,8 @@ def open_graph(
     except Exception as error:  # onnxruntime's own share no other base class
         if _is_about_memory(error):
             raise out_of_memory() from error
+        if "pthread_create" in str(error):
+            raise no_thread() from error
         cause = type(error).__name__
         raise BundleError(
             f"onnxruntime {ort.__version__} refuses {graph.path} ({cause}): update it or export again"

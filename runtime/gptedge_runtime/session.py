@@ -15,10 +15,10 @@ from .cache import Cache, Ids, Logits, split_rows
 from .errors import BundleError
 from .huge_pages import huge_pages
 from .invariance import is_batch_invariant, step_difference
-from .limits import ShouldStop, never, until
+from .limits import ShouldStop, TimeLimit
 from .mapped import let_go, newly_mapped
 from .memory_map import Region
-from .ort import compare_graphs, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
+from .ort import compare_graphs, empty, import_onnxruntime, open_graph, out_of_memory, run_error, run_options
 from .prefill import GRAPH, MIN_TOKENS, Prefill
 from .workers import in_worker
 
@@ -63,6 +63,7 @@ class Session:
         self._session = self._open(bundle, threads, exact)
         self._options = run_options(self._ort)
         self._step_differences: dict[int, float | None] = {}
+        self._is_batch_invariant: bool | None = None
         self._probe()
 
     def _open(self, bundle: Bundle, threads: int, exact: bool) -> Any:
@@ -84,10 +85,17 @@ class Session:
             return None
         return Prefill(self._bundle, self._threads)
 
-    @cached_property
-    def is_batch_invariant(self) -> bool:
-        """Whether a row's logits have the same bits alone and among others: tried out once."""
-        return is_batch_invariant(self, TRIED_ROWS)
+    def is_batch_invariant(self, should_stop: ShouldStop) -> bool:
+        """Whether a row's logits have the same bits alone and among others: tried out once.
+
+        Attention of float32 parts the keys of a long row among the threads for which there are no heads, in other parts
+        in a batch: no short trial tells.
+        """
+        if self.rounds_finely and self.model.n_heads < self._threads:
+            return False
+        if self._is_batch_invariant is None:
+            self._is_batch_invariant = is_batch_invariant(self, TRIED_ROWS, should_stop)
+        return self._is_batch_invariant
 
     def step_difference(self, n_tokens: int) -> float | None:
         """How far logits of a step of so many tokens are from plain ones', as a share of the bound of parity.
@@ -120,11 +128,8 @@ class Session:
     def forward(self, ids: Ids) -> Logits:
         """Return logits float32 (B, T, V) of all positions of ids int64 (B, T)."""
         batch, length = ids.shape
-        should_stop = until(self.timeout_s, never)
-        try:
-            logits = np.empty((batch, length, self.model.n_outputs), np.float32)
-        except MemoryError as error:
-            raise out_of_memory() from error
+        should_stop = TimeLimit(self.timeout_s)
+        logits = empty(batch, length, self.model.n_outputs)
         for part in split_rows([length] * batch, FORWARD_TOKENS):
             lengths = np.full(len(ids[part]), length)
             feeds = prefill_feeds(ids[part], lengths, np.tile(np.arange(length), (len(lengths), 1)))
@@ -189,7 +194,7 @@ class Session:
         key_values = self.new_key_values(1, self.model.context_length if self.places_are_positions else 1)
         logits = np.empty((1, 1, self.model.n_outputs), np.float32)
         try:
-            self.run_long(self.bind(feeds, key_values, logits), until(self.timeout_s, never))
+            self.run_long(self.bind(feeds, key_values, logits), TimeLimit(self.timeout_s))
         except BundleError as error:
             raise BundleError(
                 f"the graph {self.graph} cannot read token {self.model.vocab_size - 1} at position "

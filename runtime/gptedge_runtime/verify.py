@@ -13,7 +13,7 @@ from .cache import Logits
 from .errors import BundleError, VerificationError
 from .gpt import GPT
 from .graphs import Graph, forward_logits, generated_ids, model_logits
-from .limits import check_timeout, count_threads, never, until
+from .limits import TimeLimit, check_timeout, count_threads
 from .provider import why_not_cuda
 from .session import Session
 from .strict_json import JsonObject, parse_json
@@ -107,12 +107,12 @@ def _check_decode(session: Session, bundle: Bundle, answers: list[Answer], atol:
 
 
 def _check_prefill(session: Session, bundle: Bundle, answers: Answers, n_threads: int) -> None:
-    """Let it read all but the last token of each prompt, and ``decode`` that one."""
-    should_stop = until(session.timeout_s, never)
+    """Let it read all but the last token of each prompt, at least two, and ``decode`` that one."""
+    should_stop = TimeLimit(session.timeout_s)
     graph = prefill.Prefill(bundle, n_threads)
     for answer in answers.prompts:
         *before, last = answer.token_ids
-        if before:
+        if len(before) > 1:
             cache = session.new_cache(1, len(answer.token_ids))
             graph.read(before, cache.key_values, should_stop)
             cache.shorten(len(before))

@@ -6,13 +6,16 @@ a lock taken that the other thread then waits for, for ever. What is used here d
 
 import atexit
 import os
+import time
 from _thread import allocate_lock, start_new_thread
 from collections import deque
 from collections.abc import Callable
 from functools import cache
 from queue import SimpleQueue
+from threading import current_thread
 from typing import Any, Generic, TypeVar
 
+from .errors import InputError, OutOfMemoryError
 from .limits import ShouldStop, Stopped
 
 T = TypeVar("T")
@@ -61,8 +64,11 @@ class Worker:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._end = allocate_lock()
         self._end.acquire()
-        start_new_thread(self._serve, ())
-        atexit.register(self._finish, os.getpid())
+        try:
+            start_new_thread(self._serve, ())
+        except RuntimeError as error:
+            raise no_thread() from error
+        _of(os.getpid()).all.append(self)
 
     def start(self, run: Callable[[], T]) -> Call[T]:
         """Run this behind what was started before."""
@@ -70,26 +76,53 @@ class Worker:
         self._calls.put(call)
         return call
 
+    def end(self) -> None:
+        """Return when what was started has ended, and start nothing more."""
+        self._calls.put(None)
+        self._end.acquire()
+
     def _serve(self) -> None:
         for call in iter(self._calls.get, None):
             call()
             del call  # and what it holds
         self._end.release()
 
-    def _finish(self, process: int) -> None:
-        if os.getpid() == process:  # a forked one has no such thread
-            self._calls.put(None)
-            self._end.acquire()
+
+class _Workers:
+    """Those of a process; a forked one has none of the threads."""
+
+    def __init__(self) -> None:
+        self.all: list[Worker] = []
+        self.idle: deque[Worker] = deque()
+        self.have_ended = False
 
 
 @cache
-def _idle(_process: int) -> deque[Worker]:
-    return deque()
+def _of(_process: int) -> _Workers:
+    return _Workers()
+
+
+@atexit.register
+def _end_all() -> None:
+    workers = _of(os.getpid())
+    workers.have_ended = True
+    for worker in workers.all:
+        worker.end()
+
+
+def no_thread() -> OutOfMemoryError:
+    """Return what to say where the system starts no further thread."""
+    return OutOfMemoryError("no thread can be started: end other programs, or raise the limit (ulimit -u, ulimit -v)")
+
+
+def is_cut_off() -> bool:
+    """Whether Python may end this thread wherever it is; within onnxruntime that would abort the process."""
+    return current_thread().daemon
 
 
 def in_worker(run: Callable[[], T], options: Any, should_stop: ShouldStop) -> T:
     """Return what ``run`` returns in a worker that has nothing else to do: see :func:`run_in`."""
-    idle = _idle(os.getpid())
+    idle = _of(os.getpid()).idle
     try:
         worker = idle.pop()
     except IndexError:
@@ -111,6 +144,10 @@ def run_in(worker: Worker, run: Callable[[], T], options: Any, should_stop: Shou
     it raises itself. A Ctrl-C while the run is handed over, or a second one, does not wait for that end: ``run`` must
     hold all that it reads and writes.
     """
+    if _of(os.getpid()).have_ended:
+        while is_cut_off():
+            time.sleep(1)  # until it is
+        raise InputError("Python is ending, and runs no bundle any more: use it before")
     call = None
     try:
         call = worker.start(run)

@@ -15,7 +15,7 @@ from gptedge_export import ExportError, Vocabulary, export_bundle, load_vocabula
 from gptedge_export.blocks import Blocks, block_size, round_by_inputs, round_to_nearest
 from gptedge_export.cli import command
 from gptedge_export.errors import ParityError
-from gptedge_export.precision import BITS, prepare
+from gptedge_export.precision import BITS, _digest, prepare
 from gptedge_export.quality import MIN_TOP1_AGREEMENT, measure, sample_texts
 from gptedge_export.quantise import _smooth, quantise
 from gptedge_export.reshapes import drop_reshapes
@@ -328,3 +328,15 @@ def test_a_bad_calibration_text_is_refused(content: bytes | None, message: str, 
 def test_fp32_has_nothing_to_calibrate(tiny_model: GPTModel, byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="fp32 rounds nothing"):
         export_bundle(tiny_model, tmp_path / "b", vocabulary=byte_vocabulary, calibration="text")
+
+
+def test_zeros_of_one_size_and_two_shapes_are_two_weights() -> None:
+    """As in a model whose feed-forward was pruned away."""
+    assert _digest(np.zeros((2, 8), np.float32)) != _digest(np.zeros((8, 2), np.float32))
+
+
+def test_a_context_of_two_tokens_verifies(byte_vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """``prefill`` reads at least two, and ``decode`` the last."""
+    config = GPTConfig(vocab_size=257, context_length=2, emb_dim=16, n_heads=2, n_layers=2)
+    export_bundle(GPTModel(config), tmp_path / "bundle", vocabulary=byte_vocabulary, precision="int8")
+    assert verify(tmp_path / "bundle").prompts

@@ -9,6 +9,7 @@ import pytest
 from gptedge_runtime import GPT, load
 from gptedge_runtime.cache import Cache, Step
 from gptedge_runtime.invariance import step_difference
+from gptedge_runtime.limits import never
 from gptedge_runtime.session import Session
 
 
@@ -83,19 +84,19 @@ def test_one_other_bit_of_the_last_logits_alone_is_seen(rounded: GPT, monkeypatc
 
 def test_one_other_bit_of_a_batch_is_seen(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     some_steps_by_one_bit(monkeypatch, lambda step: len(step.logits) > 1)
-    assert not gpt._session.is_batch_invariant
+    assert not gpt._session.is_batch_invariant(never)
 
 
 def test_rows_of_4_bits_have_the_same_bits_in_any_company(bundles: Path) -> None:
     """Whatever the processor's kernels do: the graph gives them one row at a time, but for the head of a long step."""
     with load(bundles / "int4") as gpt:
         assert None not in [step_difference(gpt._session, n_tokens) for n_tokens in range(2, 17)]
-        assert gpt._session.is_batch_invariant
+        assert gpt._session.is_batch_invariant(never)
 
 
 def test_a_prompt_has_the_same_bits_alone_and_beside_a_longer_one(tiny: GPT) -> None:
     """Of 17 tokens, too: attention takes 16 at a time here, and rounds the 17th otherwise where it is the last."""
-    if not tiny._session.is_batch_invariant:
+    if not tiny._session.is_batch_invariant(never):
         pytest.skip("the kernels of this machine add in another order in company")
     prompts = [[7 * place % 256 for place in range(length)] for length in range(1, 31)]
     for prompt in prompts:
@@ -123,7 +124,7 @@ def test_a_batch_of_an_invariant_session_runs_in_one(gpt: GPT, monkeypatch: pyte
 
     monkeypatch.setattr(Step, "run", spy)
     for invariant, wanted in ((True, {3}), (False, {1})):
-        monkeypatch.setattr(Session, "is_batch_invariant", invariant)
+        monkeypatch.setattr(Session, "is_batch_invariant", lambda *_, answer=invariant: answer)
         widths.clear()
         gpt.generate_ids([[1, 2], [3], [4, 5, 6]], max_new_tokens=4)
         assert widths == wanted
@@ -132,3 +133,15 @@ def test_a_batch_of_an_invariant_session_runs_in_one(gpt: GPT, monkeypatch: pyte
 def test_a_context_too_short_to_tell_tells_nothing(bundles: Path) -> None:
     with load(bundles / "odd") as odd:
         assert step_difference(odd._session, odd.config.context_length) is None
+
+
+def test_no_short_trial_tells_of_threads_without_heads(tiny: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of float32 parts a long row among them, in other parts in a batch: seen with prompts of 300 tokens."""
+    monkeypatch.setattr(tiny._session, "_threads", tiny.config.n_heads + 1)
+    assert not tiny._session.is_batch_invariant(never)
+
+
+def test_a_stop_is_heard_before_the_bits_of_a_batch_are_tried_out(bundles: Path) -> None:
+    with load(bundles / "int4") as gpt:
+        assert gpt.generate_ids([[1, 2], [3]], max_new_tokens=4, should_stop=lambda: True) == [[], []]
+        assert gpt._session._is_batch_invariant is None

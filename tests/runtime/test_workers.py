@@ -7,11 +7,13 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from gptedge_runtime import OutOfMemoryError
 from gptedge_runtime.limits import never
 from gptedge_runtime.workers import Worker, in_worker, run_in
 
@@ -109,3 +111,43 @@ def test_a_worker_at_rest_holds_nothing_of_its_last_run(fails: bool) -> None:
     del array, run
     in_worker(lambda: None, options(), never)
     assert held() is None
+
+
+AT_EXIT = """
+import atexit, sys, threading
+
+def bye():
+    print(state["gpt"].generate("hello", max_new_tokens=2), end="")
+
+state = {}
+atexit.register(bye)  # before the package, so that it runs behind the package's own end
+from gptedge_runtime import GptEdgeError, load
+state["gpt"] = load(sys.argv[1])
+if sys.argv[2] == "daemon":
+    atexit.unregister(bye)
+    started = threading.Event()
+    ids = state["gpt"].generate_ids
+    write = lambda: [started.set() for _ in iter(lambda: len(ids([1], max_new_tokens=9)), 0)]
+    threading.Thread(target=write, daemon=True).start()
+    started.wait()
+else:
+    state["gpt"].generate("hello")
+"""
+
+
+@pytest.mark.parametrize("who", ["handler", "daemon"])
+def test_whoever_generates_while_python_ends_neither_hangs_nor_aborts(bundles: Path, who: str) -> None:
+    """A daemon thread that Python ends within onnxruntime ends the process by SIGABRT."""
+    command = [sys.executable, "-c", AT_EXIT, str(bundles / "tiny"), who]
+    done = subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Python is ending" in done.stderr if who == "handler" else not done.stderr
+
+
+def test_where_no_thread_can_be_started_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("gptedge_runtime.workers.start_new_thread", refuse)
+    with pytest.raises(OutOfMemoryError, match="no thread can be started"):
+        Worker()

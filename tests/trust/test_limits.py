@@ -213,3 +213,12 @@ def test_a_graph_that_asks_for_terabytes_is_one_documented_error(bundle: Path, e
     path.write_bytes(model.SerializeToString())
     with pytest.raises(GptEdgeError):
         load(edit(sign))
+
+
+def test_what_the_reader_of_a_stream_takes_for_itself_does_not_count(bundles: Path) -> None:
+    with load(bundles / "tiny", timeout_s=600) as gpt:
+        gpt._session.timeout_s = 1
+        stream = gpt.stream("hello", max_new_tokens=5)
+        for _ in stream:
+            time.sleep(0.4)
+        assert len(stream.token_ids) == 5
