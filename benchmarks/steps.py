@@ -1,4 +1,4 @@
-"""Why drafts come in eights and prompts are read in chunks of 64: steps.py BUNDLE [--threads 2] [--rounds 12].
+"""Why drafts come in 4, 8 and 16 and prompts are read in chunks of 64: steps.py BUNDLE [--threads 2] [--rounds 12].
 
 Printed are the milliseconds of a step by the number of its tokens, and the tokens/s of a prompt by the number of tokens
 read at a time, which matters to a cache of 8 bits alone; medians over rounds in turns.

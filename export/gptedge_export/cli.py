@@ -47,7 +47,7 @@ Examples:
     "--cuda", is_flag=True, help="Add the graph for NVIDIA GPUs, fp32, fp16 or bf16: gptedge's --provider cuda."
 )
 @click.option("--tokenizer", metavar="NAME|FILE", help="gpt2, bytes, a .tiktoken file, a tokenizer.json or a folder.")
-@click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a text with {prompt}.")
+@click.option("--template", metavar="NAME|FILE", help="Around prompts: alpaca (the book's), or a file with {prompt}.")
 @click.option("--labels", metavar="A,B,...", help="For a classifier: the names of its classes, in their order.")
 @click.option(
     "--max-length", type=int, metavar="N", help="For a classifier: tokens to which texts are padded; 0: none."

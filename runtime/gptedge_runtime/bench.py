@@ -258,13 +258,20 @@ def check_plot(path: Path) -> None:
         raise InputError(f"cannot plot into {path}: give a name that ends in {' or '.join(PLOT_SUFFIXES)}")
     if not path.parent.is_dir():
         raise InputError(f"cannot plot into {path}: there is no folder {path.parent}: make it")
-    _import_pyplot()
+    try:
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise _cannot_plot(path, error) from error
+    _import_figure()
 
 
 def write_plot(done: Bench, path: Path) -> None:
     """Draw decode speed against context length, a line for each batch, with the least and the most as bars."""
-    pyplot = _import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = _import_figure()(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for batch in dict.fromkeys(row.batch for row in done.rows):
         rows = sorted((row for row in done.rows if row.batch == batch), key=lambda row: row.context_tokens)
         speeds = np.array([row.decode_tokens_per_s for row in rows])
@@ -272,25 +279,28 @@ def write_plot(done: Bench, path: Path) -> None:
         high = [row.decode_tokens_per_s_max for row in rows] - speeds
         lengths = [row.context_tokens for row in rows]
         axes.errorbar(lengths, speeds, [low, high], marker="o", capsize=3, label=f"batch {batch}")
-    axes.set(
-        xlabel="context tokens", ylabel="decode tokens/s", title=f"{done.bundle}, {done.precision}", ylim=(0, None)
-    )
+    axes.set(xlabel="context tokens", ylabel="decode tokens/s", ylim=(0, None))
+    axes.set_title(f"{done.bundle}, {done.precision}", parse_math=False)
     axes.legend()
+    image = io.BytesIO()  # what cannot be drawn leaves the file as it was
     try:
-        figure.savefig(path)
+        figure.savefig(image, format=path.suffix[1:])
+        path.write_bytes(image.getvalue())
     except OSError as error:
-        raise InputError(f"cannot plot into {path} ({error.strerror}): give another name") from error
-    finally:
-        pyplot.close(figure)
+        path.unlink(missing_ok=True)  # half of it
+        raise _cannot_plot(path, error) from error
 
 
-def _import_pyplot() -> Any:
+def _cannot_plot(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot plot into {path} ({error.strerror}): give another name")
+
+
+def _import_figure() -> Any:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of caches it makes or has no room for
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError('a plot needs matplotlib, which is not installed: pip install "gptedge[bench]"') from error
-    matplotlib.use("Agg")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of caches it makes or has no room for
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
+    except ValueError as error:
+        raise InputError(f"a plot needs matplotlib, which does not load: {error}") from error
+    return Figure

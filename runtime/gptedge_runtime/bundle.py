@@ -187,7 +187,9 @@ def open_bundle(path: str | os.PathLike[str], *, progress: bool = False) -> Bund
     try:
         folder = Path(path).resolve(strict=True)
         (folder / MANIFEST).lstat()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, PermissionError):
+            raise _unreadable(error) from error
         raise BundleNotFoundError(f"no bundle at {path}: there is no {MANIFEST}: write one with export-onnx") from error
     try:
         bundle = _parse_manifest(folder, _read_manifest(folder / MANIFEST))

@@ -13,9 +13,9 @@ from .batch import Job, answer_here, run_batch
 from .batch_ray import answer_by_ray
 from .batch_rows import Defaults
 from .bench import bench, check_plot, to_csv, to_json, to_markdown, write_plot
-from .bundle import Bundle, open_bundle
+from .bundle import MANIFEST, Bundle, open_bundle
 from .classify import load_classifier
-from .command import run, write
+from .command import run, say, write
 from .errors import InputError
 from .evaluate import evaluate
 from .generate import Sampling
@@ -25,7 +25,13 @@ from .stream import TextStream
 from .verify import verify
 from .web import Server, site, write_site
 
+PROMPT_MAX_BYTES = 1 << 24
+"""Far above any context: where a text has no break, tiktoken takes 32 bytes for each, and no error ends that."""
+
 _threads = click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
+_timeout_s = click.option(
+    "--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust."
+)
 _on_overflow = click.option(
     "--on-overflow",
     type=click.Choice(["slide", "stop", "error"]),
@@ -61,7 +67,7 @@ def cli() -> None:
     help="Device to run on; another one is never taken in its place.",
 )
 @_threads
-@click.option("--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust.")
+@_timeout_s
 @click.option("--no-stream", is_flag=True, help="Print the text when it is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: ids, text, reason of the end, times.")
 def generate_command(
@@ -148,18 +154,18 @@ def batch_command(
         raise InputError("--ray-address and --workers are for --engine ray: add it, or leave them out")
     compute = partial(answer_by_ray, address=ray_address, workers=workers) if engine == "ray" else answer_here
     summary = run_batch(job, source, target, engine=compute, progress=sys.stderr.isatty())
-    click.echo(f"{target}: {summary}", err=True)
+    say(f"{target}: {summary}")
 
 
 @cli.command("verify")
 @click.argument("bundle")
 @_threads
-@click.option("--timeout-s", type=float, help="Give up after computing for this long: for a bundle you do not trust.")
+@_timeout_s
 def verify_command(bundle: str, threads: int | None, timeout_s: float | None) -> None:
     """Check the files, graphs and known answers of BUNDLE; exit code 3 where an answer is not the stored one."""
     done = verify(bundle, threads=threads, timeout_s=timeout_s, progress=sys.stderr.isatty())
     for name in done.skipped:
-        click.echo(f"note: the graph {name} was not run: bfloat16 needs a GPU", err=True)
+        say(f"note: the graph {name} was not run: bfloat16 needs a GPU")
     click.echo(f"ok: {done.files} files, {done.graphs} graphs, {done.prompts} known answers")
 
 
@@ -176,11 +182,15 @@ def info_command(bundle: str) -> None:
 @click.argument("text", required=False)
 @click.option("-f", "--file", metavar="FILE", help="Read the text from this file.")
 @_threads
+@_timeout_s
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the label, the probability of each.")
-def classify_command(bundle: str, text: str | None, file: str | None, threads: int | None, as_json: bool) -> None:
+def classify_command(
+    bundle: str, text: str | None, file: str | None, threads: int | None, timeout_s: float | None, as_json: bool
+) -> None:
     """Print the class of TEXT, or of standard input where TEXT is missing or "-", by a classifier's BUNDLE."""
     content = _read_prompt(text, file)
-    answer = load_classifier(bundle, threads=threads, progress=sys.stderr.isatty()).classify(content)
+    classifier = load_classifier(bundle, threads=threads, timeout_s=timeout_s, progress=sys.stderr.isatty())
+    answer = classifier.classify(content)
     write((json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.label) + "\n")
 
 
@@ -189,14 +199,17 @@ def classify_command(bundle: str, text: str | None, file: str | None, threads: i
 @click.argument("text_file")
 @click.option("--stride", type=int, help="Tokens by which the window moves on; half the context by default.")
 @_threads
+@_timeout_s
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def eval_command(bundle: str, text_file: str, stride: int | None, threads: int | None, as_json: bool) -> None:
+def eval_command(
+    bundle: str, text_file: str, stride: int | None, threads: int | None, timeout_s: float | None, as_json: bool
+) -> None:
     """Print the perplexity of TEXT_FILE: how well BUNDLE predicts its tokens, each from those before it.
 
     The window is the model's context. A smaller --stride gives each token more context, and takes longer.
     """
-    text = _read_file(text_file)
-    with load(bundle, threads=threads) as gpt:
+    text = _decode(_read_file(text_file), text_file)
+    with load(bundle, threads=threads, timeout_s=timeout_s) as gpt:
         done = evaluate(gpt, text, stride=stride, progress=sys.stderr.isatty())
     if as_json:
         click.echo(json.dumps(asdict(done)))
@@ -233,7 +246,7 @@ def bench_command(
     output_format: str,
     plot: Path | None,
 ) -> None:
-    """Measure how fast BUNDLE reads a prompt (prefill) and writes tokens behind it (decode) on this machine.
+    """Measure how fast BUNDLE reads a prompt (prefill) and writes tokens behind it (decode) on this machine's CPU.
 
     \b
     gptedge bench build/demo --lengths 64,128
@@ -250,7 +263,7 @@ def bench_command(
         new_tokens=new_tokens,
         repeats=repeats,
         threads=threads,
-        warn=lambda note: click.echo(f"note: {note}", err=True),
+        warn=lambda note: say(f"note: {note}"),
         progress=sys.stderr.isatty(),
     )
     formats = {"md": to_markdown, "json": to_json, "csv": to_csv}
@@ -290,24 +303,29 @@ def _tell_device(gpt: GPT) -> None:
     """Say on stderr what runs where there was a choice: where the user has installed what could use a GPU."""
     if offers_cuda():
         note = "" if gpt.provider == "cuda" else f", not on cuda: {gpt.why_not_cuda or why_not_cuda()}"
-        click.echo(f"note: runs on {gpt.provider}{note}", err=True)
+        say(f"note: runs on {gpt.provider}{note}")
 
 
 def _read_prompt(prompt: str | None, file: str | None) -> str:
     if file is not None and prompt is not None:
         raise InputError("a PROMPT and --file are given: give one of them")
     if file is not None:
-        return _without_last_newline(_read_file(file))
+        return _to_prompt(_read_file(file, PROMPT_MAX_BYTES + 1), file)
     if prompt is None or prompt == "-":
-        return _without_last_newline(_decode(_read_stdin(), "standard input"))
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of other bytes in arguments
-        raise InputError("PROMPT is not UTF-8: convert it to UTF-8")
+        return _to_prompt(_read_stdin(), "standard input")
     return prompt
 
 
-def _read_file(file: str) -> str:
+def _to_prompt(data: bytes, name: str) -> str:
+    if len(data) > PROMPT_MAX_BYTES:
+        raise InputError(f"{name} has more than {PROMPT_MAX_BYTES:,} bytes, which no model reads: shorten it")
+    return _without_last_newline(_decode(data, name))
+
+
+def _read_file(file: str, max_bytes: int = -1) -> bytes:
     try:
-        return _decode(Path(file).read_bytes(), file)
+        with Path(file).open("rb") as opened:
+            return opened.read(max_bytes)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}: check the path") from error
 
@@ -316,7 +334,7 @@ def _read_stdin() -> bytes:
     if sys.stdin is None:
         raise InputError("standard input is closed: give a PROMPT or --file")
     try:
-        return sys.stdin.buffer.read()
+        return sys.stdin.buffer.read(PROMPT_MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read standard input ({error.strerror}): give a PROMPT or --file") from error
 
@@ -368,10 +386,11 @@ def _to_json(stream: TextStream, provider: str) -> str:
 
 def _facts(bundle: Bundle) -> dict[str, str]:
     model, tokenizer = bundle.model, bundle.tokenizer
-    size_mb = sum(file.size for file in bundle.files.values()) / 1e6
+    files = [MANIFEST, *bundle.files]
+    size_mb = sum((bundle.folder / path).stat().st_size for path in files) / 1e6
     return {
         "bundle": str(bundle.folder),
-        "size": f"{size_mb:,.1f} MB in {len(bundle.files) + 1} files",
+        "size": f"{size_mb:,.1f} MB in {len(files)} files",
         "written by": f"gptedge {bundle.gptedge_version}, opset {bundle.opset}",
         "precision": bundle.precision,
         "model": f"{model.n_layers} layers, {model.n_heads} heads, width {model.emb_dim}",

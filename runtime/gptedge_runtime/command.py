@@ -1,5 +1,6 @@
 """How a command ends: one line on stderr where something is wrong, and an exit code that tells whose it is to mend."""
 
+import contextlib
 import io
 import os
 import sys
@@ -19,6 +20,9 @@ def run(command: click.Command, name: str, arguments: list[str]) -> int:
     _open_standard_files()
     if sys.stdout is None:
         return _fail("standard output is closed: send it to a file or a pipe", 2)
+    for argument in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # what Python makes of other bytes
+            return _fail(f"the argument {argument!r:.80} is not UTF-8: convert it, or rename the file", 2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
@@ -39,6 +43,12 @@ def write(text: str) -> None:
     """Write text to stdout and flush; on a terminal its control characters are shown, and not obeyed."""
     sys.stdout.write(escape(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, if it takes one: what it says must not end the command otherwise."""
+    with contextlib.suppress(OSError):
+        click.echo(line, err=True)
 
 
 def escape(text: str) -> str:
@@ -70,8 +80,9 @@ def _explain(error: BaseException) -> int:
         return _fail("out of memory: end other programs, or take a smaller bundle, prompt or batch", 2)
     if isinstance(error, OSError):
         _abandon_stdout()
-        place = error.filename or "standard output"
-        return _fail(f"cannot use {place} ({error.strerror}): check that it can be read, or written and is not full", 2)
+        nameless = "the working folder" if isinstance(error, FileNotFoundError) else "standard output"
+        place, why = error.filename or nameless, error.strerror or error
+        return _fail(f"cannot use {place} ({why}): check that it can be read, or written and is not full", 2)
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(last.filename).name}:{last.lineno}"
     return _fail(f"a bug in gptedge: {type(error).__name__} at {place}: {error}: please report this line", 1)
@@ -83,5 +94,5 @@ def _abandon_stdout() -> None:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    click.echo(f"error: {one_line(message)}", err=True)
+    say(f"error: {one_line(message)}")
     return exit_code

@@ -35,7 +35,10 @@ def read_count(name: str, value: int, *, low: int) -> int:
 def _as_list(values: Any) -> list[Any]:
     if isinstance(values, list | tuple):
         return list(values)
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except Exception as error:  # a tensor's own, or numpy's for rows of different lengths
+        raise InputError(f"token ids are {type(values).__name__}, no int array: give lists of ints") from error
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise InputError(f"token ids are {type(values).__name__}: give a list of ints, lists of ints, or an int array")
     ids: list[Any] = array.tolist()

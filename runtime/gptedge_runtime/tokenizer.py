@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import tiktoken
 
 from .bundle import Bundle, TokenizerSpec
-from .errors import BundleError, InputError
+from .errors import BundleError, InputError, shown
+from .ort import out_of_memory
 
 _NO_TOKEN = "\N{REPLACEMENT CHARACTER}".encode()  # ids of a padded vocabulary that stand for nothing
 
@@ -45,6 +46,8 @@ class Tokenizer:
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # tiktoken's; it cannot be imported
                 raise
+            if "MemoryError" in str(error):
+                raise out_of_memory() from None
             raise BundleError("the tokenizer's pattern takes too long: export the bundle again") from None
         if len(self._encoding.decode_bytes(ids)) != len(whole.encode()):
             raise BundleError("the tokenizer's pattern does not match all of the text: export the bundle again")
@@ -52,13 +55,19 @@ class Tokenizer:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Return the text of ``token_ids``; bytes that are not UTF-8, and ids without a token, become U+FFFD."""
-        return b"".join(self.token_bytes(token_id) for token_id in token_ids).decode(errors="replace")
+        try:
+            data = b"".join(self.token_bytes(token_id) for token_id in token_ids)
+        except TypeError as error:
+            raise InputError(f"token ids are {shown(token_ids)}: give whole numbers") from error
+        return data.decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one id; raises :class:`InputError` for one outside the vocabulary."""
         if 0 <= token_id < len(self._bytes):
             return self._bytes[token_id]
-        raise InputError(f"token id {token_id} is outside the vocabulary 0..{len(self._bytes) - 1}: give ids inside it")
+        raise InputError(
+            f"token id {shown(token_id)} is outside the vocabulary 0..{len(self._bytes) - 1}: give ids inside it"
+        )
 
 
 class StreamDecoder:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from gptedge_runtime.bench import Bench, bench
+from gptedge_runtime import InputError
+from gptedge_runtime.bench import Bench, bench, check_plot
 from gptedge_runtime.bundle import open_bundle
 
 QUICK = ["--repeats", 2, "-n", 3]
@@ -147,3 +149,18 @@ def test_the_plot_is_a_png(bundles: Path, tmp_path: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     gptedge_bench(bundles / "tiny", "--lengths", "5,6", *QUICK, "--plot", tmp_path / "speed.png")
     assert np.asarray(pyplot.imread(tmp_path / "speed.png")).ndim == 3
+
+
+def test_a_name_that_would_be_a_formula_is_drawn_as_it_is(bundles: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    shutil.copytree(bundles / "tiny", tmp_path / "b$^$x")
+    run = gptedge_bench(tmp_path / "b$^$x", "--lengths", "5", *QUICK, "--plot", tmp_path / "speed.svg")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(tmp_path: Path) -> None:
+    (tmp_path / "speed.svg").mkdir()
+    with pytest.raises(InputError, match=r"cannot plot into .*speed\.svg"):
+        check_plot(tmp_path / "speed.svg")
+    check_plot(tmp_path / "other.svg")
+    assert not (tmp_path / "other.svg").exists()

@@ -109,11 +109,13 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
         ("{bin}/gptedge generate {tiny} <&-", "standard input is closed"),
         ("{bin}/gptedge info {tiny} >/dev/full", "standard output (No space left on device)"),
         ("{bin}/gptedge --help >/dev/full", "standard output (No space left on device)"),
-        ("{bin}/gptedge generate {tiny} \"$(printf 'a\\377')\"", "PROMPT is not UTF-8"),
+        ("cd {empty} && rmdir {empty} && {bin}/gptedge web {tiny}", "the working folder (No such file or directory)"),
+        ("{bin}/gptedge generate {tiny} \"$(printf 'a\\377')\"", "is not UTF-8"),
     ],
 )
-def test_what_is_wrong_around_the_process_is_one_line(bundles: Path, line: str, said: str) -> None:
-    done = shell(line.format(bin=BIN, tiny=bundles / "tiny"))
+def test_what_is_wrong_around_the_process_is_one_line(bundles: Path, tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    done = shell(line.format(bin=BIN, tiny=bundles / "tiny", empty=tmp_path / "empty"))
     assert (done.returncode, done.stdout) == (2, b"")
     (message,) = done.stderr.decode().splitlines()
     assert said in message
@@ -196,3 +198,10 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, 4096)
     except OSError:  # how a terminal says that nobody writes to it any more
         return b""
+
+
+@pytest.mark.parametrize(("line", "code"), [("info /nowhere", 2), ("batch {tiny} {empty} {out}", 0)])
+def test_a_full_standard_error_changes_no_exit_code(bundles: Path, tmp_path: Path, line: str, code: int) -> None:
+    (tmp_path / "in.jsonl").touch()
+    line = line.format(tiny=bundles / "tiny", empty=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl")
+    assert shell(f"{BIN}/gptedge {line} 2>/dev/full").returncode == code

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gptedge_runtime import GPT, Classifier, GptEdgeError, InputError, load
+from gptedge_runtime import GPT, BundleNotFoundError, Classifier, GptEdgeError, InputError, Sampling, load
 from gptedge_runtime.bundle import ClassifierSpec
 from gptedge_runtime.evaluate import evaluate
 from gptedge_runtime.session import Session
@@ -182,7 +183,7 @@ def test_an_argument_that_is_not_utf_8_is_refused(bundles: Path) -> None:
     command = [os.fsencode(BIN / "gptedge"), b"generate", os.fsencode(bundles / "tiny"), b"a\xff"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == b"error: PROMPT is not UTF-8: convert it to UTF-8\n"
+    assert done.stderr == b"error: the argument 'a\\udcff' is not UTF-8: convert it, or rename the file\n"
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "stop", "on_overflow", "sampling", "should_stop"])
@@ -190,3 +191,37 @@ def test_an_argument_that_is_not_utf_8_is_refused(bundles: Path) -> None:
 def test_an_option_of_any_type_is_used_or_refused(tiny: GPT, name: str, value: Any) -> None:
     with pytest.raises(GptEdgeError):
         tiny.generate("hello", **{name: value})
+
+
+@pytest.mark.parametrize("path", [None, 5, [], b"/bundle"])
+def test_a_path_of_another_type_is_no_bundle(path: Any) -> None:
+    with pytest.raises(BundleNotFoundError, match="no bundle at"):
+        load(path)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "ab", [1.5], [[1]], [10**5000]])
+def test_ids_to_decode_of_another_type_are_refused(tiny: GPT, ids: Any) -> None:
+    with pytest.raises(InputError):
+        tiny.tokenizer.decode(ids)
+
+
+def test_rows_that_numpy_makes_no_array_of_are_refused(tiny: GPT) -> None:
+    with pytest.raises(InputError, match="deque, no int array"):
+        tiny.generate_ids(deque([[1], [2, 3]]))
+
+
+def test_a_temperature_that_float64_does_not_hold_is_refused() -> None:
+    with pytest.raises(InputError, match="temperature"):
+        Sampling(temperature=10**400)
+
+
+def test_a_program_that_traps_float_errors_can_draw(tiny: GPT) -> None:
+    with np.errstate(all="raise"):
+        assert tiny.generate("hello", max_new_tokens=3, sampling=Sampling(temperature=1e-3))
+
+
+def test_standard_input_without_an_end_is_refused(bundles: Path) -> None:
+    with Path("/dev/zero").open("rb") as zeros:
+        done = subprocess.run([BIN / "gptedge", "generate", bundles / "tiny"], stdin=zeros, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"standard input has more than 16,777,216 bytes" in done.stderr
