@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,20 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging Face's, OpenAI's
+_LEFT_OUT = ""
+_READ: dict[str, list[Any]] = {  # each setting of a tokenizer.json that changes ids: the values that give ours
+    "normalizer": [None],
+    "pre_tokenizer.type": ["ByteLevel"],
+    "pre_tokenizer.add_prefix_space": [False],
+    "pre_tokenizer.use_regex": [True, _LEFT_OUT],
+    "post_processor.type": ["ByteLevel", "TemplateProcessing", None],
+    "post_processor.special_tokens": [{}, None, _LEFT_OUT],
+    "model.type": ["BPE", _LEFT_OUT],
+    "model.dropout": [None, 0, _LEFT_OUT],
+    "model.continuing_subword_prefix": ["", None],
+    "model.end_of_word_suffix": ["", None],
+    "model.ignore_merges": [False, _LEFT_OUT],
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,8 @@ def load_vocabulary(source: str) -> Vocabulary:
     ``source`` is ``bytes`` (one token a byte), a name that tiktoken knows (``gpt2``; downloaded once), a ``.tiktoken``
     ranks file, a ``tokenizer.json``, or a folder that holds one, ``tokenizer.tiktoken``, ``vocab.json`` and
     ``merges.txt``, or ``encoder.json`` and ``vocab.bpe``. A ranks file carries no special tokens: ``<|endoftext|>`` is
-    given the next id. Raises :class:`ExportError` where it cannot be read or is not a byte-level BPE vocabulary.
+    given the next id. Raises :class:`ExportError` where it cannot be read, is not a byte-level BPE vocabulary, or has
+    a setting with which we would give other ids.
     """
     path = Path(source)
     if path.is_dir():
@@ -121,10 +136,10 @@ def holds_vocabulary(path: Path) -> bool:
 
 
 def _from_folder(path: Path) -> Vocabulary:
+    if (path / "tokenizer.json").is_file():  # first: ranks alone do not tell how text is split
+        return _from_json(path / "tokenizer.json")
     if (path / "tokenizer.tiktoken").is_file():
         return _from_ranks(path / "tokenizer.tiktoken")
-    if (path / "tokenizer.json").is_file():
-        return _from_json(path / "tokenizer.json")
     for names, merges in _PAIRS:
         if (path / names).is_file() and (path / merges).is_file():
             lines = _text(path / merges).splitlines()
@@ -147,33 +162,82 @@ def _from_ranks(path: Path) -> Vocabulary:
 
 
 def _from_json(path: Path) -> Vocabulary:
-    document = _json(path)
-    model = document.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ExportError(f"{path}: not a BPE tokenizer.json: use --tokenizer with a .tiktoken file")
-    splits = json.dumps(document.get("pre_tokenizer"))
-    if '"ByteLevel"' not in splits or '"Split"' in splits or '"use_regex": false' in splits:
-        raise ExportError(f"{path}: does not split text as GPT-2 does: use --tokenizer with a .tiktoken file")
-    merges = [pair.split(" ") if isinstance(pair, str) else list(pair) for pair in model["merges"]]
-    vocabulary = dict(model["vocab"])
-    for added in document.get("added_tokens", []):
-        vocabulary.setdefault(added["content"], added["id"])
-    return _from_bpe(path, vocabulary, merges)
+    match {"added_tokens": []} | _json(path):
+        case {"model": {"vocab": dict(vocabulary), "merges": list(merges)}, "added_tokens": list(added)} as document:
+            _check_settings(path, document)
+        case _:
+            raise ExportError(
+                f"{path}: not a BPE tokenizer.json, which has model.vocab, model.merges and added_tokens: save it again"
+            )
+    names = set()
+    for token in added:
+        match token:
+            case {"content": str(name), "id": token_id, "special": True} if name:
+                if (known := vocabulary.setdefault(name, token_id)) != token_id:
+                    raise ExportError(
+                        f"{path}: token {name!r} has ids {known} and {_shown(token_id)}: correct the file"
+                    )
+                names.add(name)
+            case _:
+                raise ExportError(
+                    f"{path}: added token {_shown(token)} is not one with a content and 'special': true, "
+                    f"and only such are read: give another --tokenizer"
+                )
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return _from_bpe(path, vocabulary, pairs, names)
 
 
-def _from_bpe(path: Path, vocabulary: Mapping[str, int], merges: list[list[str]]) -> Vocabulary:
-    """Turn GPT-2's letters for bytes into bytes; tokens that no merge makes are the special ones."""
+def _check_settings(path: Path, document: Mapping[str, Any]) -> None:
+    for setting, values in _READ.items():
+        part, _, key = setting.partition(".")
+        value = document.get(part)
+        if key and value is not None:
+            value = value.get(key, _LEFT_OUT) if isinstance(value, dict) else value
+        if value not in values:
+            raise ExportError(
+                f"{path}: {setting} is {_shown(value)}, only {_shown(values[0])} is read: "
+                f"give a --tokenizer with GPT-2's settings"
+            )
+
+
+def _from_bpe(
+    path: Path, vocabulary: Mapping[str, Any], merges: list[Any], added: Set[str] = frozenset()
+) -> Vocabulary:
+    """Turn GPT-2's letters for bytes into bytes; tokens that no merge makes are special, as those ``added`` are."""
+    for name, token_id in vocabulary.items():
+        if type(token_id) is not int:
+            raise ExportError(f"{path}: token {name!r} has id {_shown(token_id)}, not a whole number: correct the file")
+    for pair in merges:
+        match pair:
+            case [str(), str()]:
+                pass
+            case _:
+                raise ExportError(f"{path}: merge {_shown(pair)} is not a pair of tokens: correct the file")
     byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
     order = sorted(byte_of, key=lambda letter: vocabulary.get(letter, -1)) + ["".join(pair) for pair in merges]
     try:
         ranks = [bytes(byte_of[letter] for letter in name) for name in order]
-        if [vocabulary[name] for name in order] != list(range(len(order))):
-            raise ExportError(f"{path}: token ids do not follow the order of merges: use --tokenizer")
+        for rank, name in enumerate(order):
+            if vocabulary[name] != rank:
+                raise ExportError(
+                    f"{path}: token {name!r} has id {vocabulary[name]}, not {rank}: only ids in the order bytes, "
+                    f"merges, special tokens are read: train a tokenizer without special tokens, then add them"
+                )
     except KeyError as error:
-        raise ExportError(f"{path}: token {error.args[0]!r} is not byte-level BPE: use --tokenizer") from None
-    known = set(order)
-    special = {name: rank for name, rank in vocabulary.items() if name not in known}
+        raise ExportError(f"{path}: token {error.args[0]!r} is not byte-level BPE: give another --tokenizer") from None
+    ordinary = set(order) - added
+    special = {name: token_id for name, token_id in vocabulary.items() if name not in ordinary}
+    _check_special(path, special, len(order))
     return Vocabulary(_checked(ranks, path), special)
+
+
+def _check_special(path: Path, special: Mapping[str, int], first: int) -> None:
+    names: dict[int, str] = {}
+    for name, token_id in special.items():
+        if token_id < first:
+            raise ExportError(f"{path}: special token {name!r} has id {token_id}: give it one from {first} on")
+        if names.setdefault(token_id, name) != name:
+            raise ExportError(f"{path}: {names[token_id]!r} and {name!r} both have id {token_id}: give each its own")
 
 
 def _from_tiktoken(name: str) -> Vocabulary:
@@ -235,6 +299,11 @@ def _byte_letters() -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _merged_from(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
