@@ -261,7 +261,13 @@ def _from_tiktoken(name: str) -> Vocabulary:
             f"give --tokenizer FILE, a .tiktoken file or a tokenizer.json"
         )
     encoding = found[0]
-    ranks = sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.__getitem__)
+    token_of = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+    if gap := set(range(len(token_of))) - token_of.keys():
+        raise ExportError(
+            f"tokenizer {name!r} has no token of rank {min(gap)}, and a bundle numbers tokens without a gap: "
+            f"give another --tokenizer"
+        )
+    ranks = [token_of[rank] for rank in range(len(token_of))]
     return Vocabulary(ranks, dict(encoding._special_tokens), encoding._pat_str)
 
 

@@ -233,6 +233,14 @@ def test_special_tokens_before_the_bytes_are_refused(load: Load) -> None:
         load(train("<|endoftext|>"))
 
 
+def test_a_gap_in_tiktokens_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 257}
+    gap = tiktoken.Encoding("gap", pat_str=CL100K, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gap)
+    with pytest.raises(ExportError, match=r"'p50k_base' has no token of rank 256.*give another --tokenizer"):
+        load_vocabulary("p50k_base")
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ExportError, match="no tokenizer 'gpt9'"):
         load_vocabulary("gpt9")
