@@ -4,7 +4,7 @@ from typing import Any
 
 from gptedge_models import GPTConfig
 
-from .vocabulary import END_OF_TEXT, Vocabulary
+from .vocabulary import END_OF_TEXT, GPT2_PATTERN, Vocabulary
 
 
 def companions(config: GPTConfig, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -18,7 +18,8 @@ def companions(config: GPTConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "genai_config.json": _genai(config, eos),
         "tokenizer.json": vocabulary.to_hugging_face(),
         "tokenizer_config.json": {
-            "tokenizer_class": "GPT2Tokenizer",
+            # to transformers 5, GPT2Tokenizer splits as GPT-2 does, whatever tokenizer.json says
+            "tokenizer_class": "GPT2Tokenizer" if vocabulary.pattern == GPT2_PATTERN else "PreTrainedTokenizerFast",
             "model_max_length": config.context_length,
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,

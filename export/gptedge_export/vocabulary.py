@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 import threading
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ class Vocabulary:
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split: dict[str, Any] = byte_level
         if self.pattern != GPT2_PATTERN:
-            regex = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+            pattern = {"Regex": _oniguruma(self.pattern)}
+            regex = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
             split = {"type": "Sequence", "pretokenizers": [regex, {**byte_level, "use_regex": False}]}
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         return {
@@ -310,6 +312,17 @@ def _byte_letters() -> list[str]:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _oniguruma(pattern: str) -> str:
+    """The pattern for the engine of ``tokenizers``, to which ``x{1,3}+`` repeats ``x{1,3}`` and is not possessive."""
+    written = re.sub(r"(\\p\{\w+\})(\{\d+,\d+\})\+", r"(?>\1\2)", pattern)
+    if unknown := re.search(r"\{\d*,?\d*\}\+", written):
+        raise ExportError(
+            f"the pattern has {unknown[0]!r} after other than \\p{{..}}, which tokenizer.json cannot say: "
+            f"write it as an atomic group (?>..)"
+        )
+    return written
 
 
 def _merged_from(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:

@@ -11,6 +11,7 @@ from gptedge_models import GPTConfig, GPTModel, load_checkpoint
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from ..commands import run
+from .patterns import CL100K
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "context_length": 24, "emb_dim": 32, "n_heads": 4, "n_layers": 2}
 
@@ -61,6 +62,15 @@ def test_its_tokenizer_is_gpt2s_in_both_forms(gpt2: Vocabulary, tmp_path: Path, 
         (tmp_path / "hf" / name).unlink()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("Hello, I am").input_ids == [15496, 11, 314, 716]
+    assert tokenizer.eos_token_id == 50256
+
+
+def test_its_tokenizer_splits_by_the_vocabularys_pattern(gpt2: Vocabulary, tmp_path: Path) -> None:
+    model = GPTModel(GPTConfig(vocab_size=50257, context_length=8, emb_dim=8, n_heads=1, n_layers=1)).eval()
+    vocabulary = Vocabulary(gpt2.ranks, gpt2.special_tokens, CL100K)
+    export_hugging_face(model, tmp_path / "hf", vocabulary=vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("I'M here\n\nin 2017").input_ids == vocabulary.encode("I'M here\n\nin 2017")
     assert tokenizer.eos_token_id == 50256
 
 

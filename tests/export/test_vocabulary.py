@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tiktoken
 from gptedge_export import ExportError, Vocabulary, load_vocabulary
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from .patterns import CL100K
+from .patterns import CL100K, O200K
 
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 TEXT = "Hello, I'm 2017  hello!\n"
@@ -73,6 +73,25 @@ def test_gpt2_has_the_books_ids(gpt2: Vocabulary) -> None:
 @given(text=st.text())
 def test_tokenizer_json_encodes_as_tiktoken_does(text: str, gpt2: Vocabulary, hugging_face: Tokenizer) -> None:
     assert hugging_face.encode(text, add_special_tokens=False).ids == encoding(gpt2).encode_ordinary(text)
+
+
+@pytest.fixture(scope="session", params=[CL100K, O200K], ids=["cl100k", "o200k"])
+def other_split(gpt2: Vocabulary, request: pytest.FixtureRequest) -> tuple[Vocabulary, Tokenizer]:
+    vocabulary = Vocabulary(gpt2.ranks, {}, request.param)
+    return vocabulary, Tokenizer.from_str(json.dumps(vocabulary.to_hugging_face()))
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("2017 \n\r'sSlLaZ")))
+@example(text="in 2017")
+def test_tokenizer_json_splits_by_the_pattern(text: str, other_split: tuple[Vocabulary, Tokenizer]) -> None:
+    vocabulary, tokenizer = other_split
+    assert tokenizer.encode(text, add_special_tokens=False).ids == encoding(vocabulary).encode_ordinary(text)
+
+
+def test_a_pattern_that_tokenizer_json_cannot_say_is_refused(gpt2: Vocabulary) -> None:
+    with pytest.raises(ExportError, match=r"has '\{1,2\}\+' .* write it as an atomic group"):
+        Vocabulary(gpt2.ranks, {}, r"[ab]{1,2}+|[^ab]").to_hugging_face()
 
 
 def test_ranks_file_and_tokenizer_json_read_back_equal(gpt2: Vocabulary, tmp_path: Path) -> None:
