@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def given_settings(config: GPTConfig | Mapping[str, Any] | str | Path | None) ->
     if config is None:
         return {}
     if isinstance(config, GPTConfig):
-        return config.to_dict()
+        return asdict(config)
     if isinstance(config, Mapping):
         return dict(config)
     if config in CONFIGS:
@@ -46,12 +47,12 @@ def read_settings(path: Path) -> Settings:
 
 def translated(values: Mapping[str, Any], path: Path) -> Settings:
     """Return settings under the book's names, whoever wrote them. Raises :class:`CheckpointError`."""
-    if "block_size" in values:
-        return translate_model_args(values)
     if "n_vocab" in values:
         return translate_hparams(values)
-    if {"model_type", "n_embd"} & values.keys():
+    if {"model_type", "n_positions", "activation_function"} & values.keys():
         return translate_config(values, path)
+    if {"block_size", "n_embd"} & values.keys():  # sizes alone, which GPT-2 has under the same names: no word of GELU
+        return translate_model_args(values)
     return dict(values)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,7 +118,7 @@ def save(model: nn.Module, path: Path, **model_args: Any) -> Path:
 
 
 @torch.no_grad()
-def assert_same_logits(path: Path, model: NanoGpt, ids: Tensor, config: dict[str, Any] | None = None) -> None:
+def assert_same_logits(path: Path, model: NanoGpt, ids: Tensor, config: Any = None) -> None:
     ours, theirs = load_checkpoint(path, config=config)(ids), model(ids)
     # float32 sums in another order: fused layers, norms and attention
     torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()), rtol=0)
@@ -139,6 +140,23 @@ def test_exact_gelu_is_told_apart_from_its_approximation(ids: Tensor) -> None:
 def test_checkpoint_from_before_exact_gelu_needs_a_word(tmp_path: Path, ids: Tensor) -> None:
     model = build(gelu="tanh")
     assert_same_logits(save(model, tmp_path / "ckpt.pt"), model, ids, config={"exact_gelu": False})
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_gelu_is_the_one_that_a_whole_config_states(tmp_path: Path, ids: Tensor, exact: bool) -> None:
+    model = build(gelu="none" if exact else "tanh")
+    path = save(model, tmp_path / "ckpt.pt")
+    assert_same_logits(path, model, ids, replace(load_checkpoint(path).config, exact_gelu=exact))
+
+
+@pytest.mark.parametrize(("settings", "gelu"), [({}, "none"), ({"exact_gelu": False}, "tanh")], ids=str)
+def test_names_of_nanogpts_sizes_say_nothing_of_gelu(
+    tmp_path: Path, ids: Tensor, settings: dict[str, bool], gelu: str
+) -> None:
+    model = build(gelu=gelu)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "sizes.json").write_text(json.dumps({"n_head": 4, "n_embd": 24, **settings}))
+    assert_same_logits(tmp_path / "model.pt", model, ids, tmp_path / "sizes.json")
 
 
 def test_config_is_the_one_of_model_args(tmp_path: Path) -> None:
