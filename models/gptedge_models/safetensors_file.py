@@ -11,14 +11,19 @@ from .weights import CheckpointError, Stored, Weights, check_file, label
 
 
 def open_safetensors(path: Path) -> Weights:
-    """List the tensors of a ``.safetensors`` file. Raises :class:`CheckpointError`."""
+    """List the tensors of a ``.safetensors`` file, under all their names. Raises :class:`CheckpointError`."""
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+            aliases = file.metadata() or {}
     except SafetensorError:
         raise CheckpointError(f"{label(path)} is cut short or no safetensors file: copy or download it again") from None
-    return {name: Stored(shape, _reader(path, name), lasting=False) for name, shape in zip(names, shapes, strict=True)}
+    weights = {
+        name: Stored(shape, _reader(path, name), lasting=False) for name, shape in zip(names, shapes, strict=True)
+    }
+    # of a tensor with two names save_model stores one, and notes the other: {"tok_emb.weight": "out_head.weight"}
+    return {alias: weights[name] for alias, name in aliases.items() if name in weights} | weights
 
 
 def _reader(path: Path, name: str) -> Callable[[], Tensor]:

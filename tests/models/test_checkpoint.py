@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from gptedge_models import CONFIGS, CheckpointError, GPTConfig, GPTModel, load_checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 from torch.nn import DataParallel, Module
 
@@ -136,6 +136,16 @@ def test_head_equal_to_the_embedding_shares_its_memory(model: GPTModel, tmp_path
     model.out_head.weight.data = model.tok_emb.weight.detach().clone()
     loaded = load_checkpoint(save(model, tmp_path), config=model.config)
     assert loaded.out_head.weight.data_ptr() == loaded.tok_emb.weight.data_ptr()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+def test_tied_head_that_safetensors_stores_once_comes_back(
+    model: GPTModel, tmp_path: Path, wrap: Callable[[GPTModel], Module]
+) -> None:
+    model.out_head.weight = model.tok_emb.weight
+    save_model(wrap(model), str(tmp_path / "model.safetensors"))
+    assert len(load_file(tmp_path / "model.safetensors")) == len(model.state_dict()) - 1
+    assert equal(load_checkpoint(tmp_path / "model.safetensors", config=model.config).state_dict(), model.state_dict())
 
 
 def test_checkpoint_saved_on_a_gpu_loads_without_one(model: GPTModel, tmp_path: Path) -> None:
