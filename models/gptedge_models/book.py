@@ -1,5 +1,6 @@
 """The book's own checkpoints, and those of its faster variants."""
 
+import re
 from collections.abc import Mapping
 
 from .gpt import GPTConfig
@@ -24,7 +25,9 @@ def book(stored: Mapping[str, Shape]) -> Plan | None:
     if "tok_emb.weight" not in stored and not any(name.startswith("trf_blocks.") for name in stored):
         return None
     n_layers = count_blocks(r"trf_blocks\.(\d+)\.", stored)
-    qkv_bias = any(name.endswith(("att.W_query.bias", "att.qkv.bias")) for name in stored)
+    queries = re.compile(r"trf_blocks\.\d+\.att\.(?:W_query|qkv)\.(weight|bias)")
+    kinds = {match[1] for name in stored if (match := queries.fullmatch(name))}
+    qkv_bias = "bias" in kinds
     tiny = GPTConfig(vocab_size=1, context_length=1, emb_dim=1, n_heads=1, n_layers=n_layers, qkv_bias=qkv_bias)
     parts = {name: Part((name,)) for name in shapes(empty_model(tiny)) if name in stored or not name.endswith(".mask")}
     for name, part in _variants(n_layers).items():
@@ -35,8 +38,9 @@ def book(stored: Mapping[str, Shape]) -> Plan | None:
     n_classes = None
     if "out_head.bias" in stored:
         parts["out_head.bias"] = Part(("out_head.bias",))
-        n_classes = max(1, *stored["out_head.bias"])
-    return Plan({"n_layers": n_layers, "qkv_bias": qkv_bias}, parts, n_classes=n_classes)
+        n_classes = max((1, *stored["out_head.bias"]))
+    facts = {"n_layers": n_layers} | ({"qkv_bias": qkv_bias} if kinds else {})  # tensors of other names say nothing
+    return Plan(facts, parts, n_classes=n_classes)
 
 
 def _variants(n_layers: int) -> dict[str, Part]:

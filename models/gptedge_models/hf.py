@@ -105,7 +105,7 @@ def translate_config(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     wrong = [f"{key} {values[key]!r} (only {only!r})" for key, only in _FIXED.items() if values.get(key, only) != only]
     activation = values.get("activation_function", "gelu_new")
-    if activation not in _EXACT_GELU:
+    if activation not in list(_EXACT_GELU):  # it may be a list, which has no hash
         wrong.append(f"activation_function {activation!r} (only 'gelu_new' or 'gelu')")
     width, inner = values.get("n_embd"), values.get("n_inner")
     if inner is not None and isinstance(width, int) and inner != 4 * width:

@@ -174,6 +174,8 @@ def test_loaded_model_does_not_depend_on_the_file(folder: Path, ids: Tensor) -> 
     [
         ({"model_type": "gpt_neo"}, "model_type 'gpt_neo' (only 'gpt2')"),
         ({"activation_function": "relu"}, "activation_function 'relu' (only 'gelu_new' or 'gelu')"),
+        ({"activation_function": []}, "activation_function [] (only 'gelu_new' or 'gelu')"),
+        ({"activation_function": {}}, "activation_function {} (only 'gelu_new' or 'gelu')"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06 (only 1e-05)"),
         ({"scale_attn_weights": False}, "scale_attn_weights False (only True)"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True (only False)"),

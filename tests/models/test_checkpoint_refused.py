@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -108,6 +109,32 @@ def test_strange_names_stay_one_short_line(
 ) -> None:
     path = save({**state, **{f"x{name}": torch.zeros(1) for name in names}}, tmp_path / "model.pth")
     assert "unexpected" in str(refusal(path, config=tiny))
+
+
+def test_bias_of_the_head_that_is_a_number_is_named(
+    refusal: Refusal, tiny: GPTConfig, state: State, tmp_path: Path
+) -> None:
+    path = save({**state, "out_head.bias": torch.tensor(1.0)}, tmp_path / "model.pth")
+    assert "out_head.bias () not (1,)" in str(refusal(path, config=tiny))
+
+
+RENAMED = {
+    "LoRA": (r"(W_\w+)\.", r"\1.linear."),
+    "MultiheadAttention": (r"W_query\.", "multihead_attn.in_proj_"),
+    "einsum": (r"W_(\w+)\.(\w+)", r"\2_\1"),
+}
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_attention_of_other_names_is_refused_for_its_names(
+    refusal: Refusal, tiny: GPTConfig, state: State, tmp_path: Path, kind: str
+) -> None:
+    """Its biases are unseen, but the config that states them is right."""
+    assert tiny.qkv_bias
+    others = {re.sub(*RENAMED[kind], name): tensor for name, tensor in state.items()}
+    message = str(refusal(save(others, tmp_path / "model.pth"), config=tiny))
+    assert "missing trf_blocks.0.att.W_query.weight" in message
+    assert f"unexpected {next(name for name in others if name not in state)}" in message
 
 
 @pytest.mark.parametrize("mask", ["none", "transposed", "one token off", "twice as large", "int"])
