@@ -34,10 +34,14 @@ def describe_classifier(
             raise ExportError("the model is no classifier: leave --labels and --max-length out")
         return None
     n_classes, context = model.out_head.out_features, model.config.context_length
-    if max_length is None or not 0 <= max_length <= context:
+    if max_length is None:
         raise ExportError(
             f"the model is a classifier of {n_classes} classes: give --max-length, the number of tokens to which its "
             f"training padded each text, at most {context:,} (the book: train_dataset.max_length; 0: no padding)"
+        )
+    if not 0 <= max_length <= context:
+        raise ExportError(
+            f"--max-length is {max_length:,}: give a number from 0, no padding, to {context:,}, the model's context"
         )
     names = tuple(labels.split(",")) if labels else tuple(str(i) for i in range(n_classes))
     if len(set(names)) != n_classes or "" in names:

@@ -115,7 +115,8 @@ def test_a_faulty_head_is_named(model: GPTModel, tmp_path: Path, name: str, faul
     ("options", "said"),
     [
         ({"labels": None, "max_length": None}, "classifier of 2 classes: give --max-length"),
-        ({"labels": None, "max_length": 17}, "at most 16"),
+        ({"labels": None, "max_length": 17}, "--max-length is 17: .* to 16"),
+        ({"labels": None, "max_length": -1}, "--max-length is -1: .* to 16"),
         ({"labels": "spam", "max_length": 12}, "does not name 2 classes"),
         ({"labels": "spam,spam", "max_length": 12}, "does not name 2 classes"),
         ({"labels": "spam,", "max_length": 12}, "does not name 2 classes"),
