@@ -64,9 +64,10 @@ def _bring_in_weights(body: ir.Graph) -> None:
     for node in body:
         for index, value in enumerate(node.inputs):
             if node.op_type == "MatMulNBits" and value is not None and value.is_initializer():
-                own = ir.val(f"{value.name}.rows", const_value=value.const_value)
-                body.register_initializer(own)
-                node.replace_input_with(index, own)
+                name = f"{value.name}.rows"
+                if name not in body.initializers:  # layers whose biases are equal share one
+                    body.register_initializer(ir.val(name, const_value=value.const_value))
+                node.replace_input_with(index, body.initializers[name])
 
 
 def _goes_on(segment: list[ir.Node], node: ir.Node) -> bool:

@@ -32,13 +32,17 @@ def graphs(request: pytest.FixtureRequest) -> Graphs:
     torch.manual_seed(0)
     head_dim, opset = request.param
     config = GPTConfig(vocab_size=90, context_length=40, emb_dim=8 * head_dim, n_heads=8, n_layers=2)
-    prepared = prepare(GPTModel(config), "int4", [[*range(40)]], progress=False)
+    return config, both(GPTModel(config), opset)
+
+
+def both(model: GPTModel, opset: int) -> dict[str, ir.Model]:
+    prepared = prepare(model, "int4", [[*range(40)]], progress=False)
     made = {}
-    for name, change in (("by row", partial(compute_by_row, width=config.emb_dim)), ("at once", drop_reshapes)):
+    for name, change in (("by row", partial(compute_by_row, width=model.config.emb_dim)), ("at once", drop_reshapes)):
         made[name] = trace(prepared.model, "decode", opset, prepared.int8_cache)
         prepared.store(made[name])
         change(made[name])
-    return config, made
+    return made
 
 
 def opened(graph: ir.Model) -> ort.InferenceSession:
@@ -118,6 +122,17 @@ def test_weights_are_constants_where_they_are_used(graphs: Graphs) -> None:
     for node in kernels:
         assert node.graph is not made["by row"].graph
         assert all(value.graph is node.graph for value in node.inputs[1:3] if value is not None)
+
+
+def test_layers_with_equal_biases_compute_by_row() -> None:
+    """Equal weights are one in a graph, and two layers between the same attentions then ask for it."""
+    model = GPTModel(GPTConfig(vocab_size=90, context_length=40, emb_dim=64, n_heads=8, n_layers=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.fill_(0.5)
+    by_row, at_once = (step(opened(graph), np.array([[5]]), 0, {}) for graph in both(model, 20).values())
+    np.testing.assert_array_equal(by_row, at_once)
 
 
 def test_no_step_with_drafts_is_longer_than_what_is_computed_by_row() -> None:
