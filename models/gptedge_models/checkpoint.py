@@ -43,8 +43,8 @@ def load_checkpoint(
     ``"gpt2-medium"``, ``"gpt2-large"``, ``"gpt2-xl"`` or another hub id ``owner/name``; or a path: a ``.pth`` of the
     book or of its faster variants (a state dict, or a dict that holds one as ``model_state_dict``), a safetensors file
     with the book's names, nanoGPT's ``ckpt.pt``, a Hugging Face GPT-2 folder, or the folder of OpenAI's TensorFlow
-    checkpoint. ``config``: a :class:`GPTConfig`, which states ``exact_gelu`` too, the book's dict, a name in
-    ``CONFIGS`` or a JSON file; needed where the checkpoint does not say ``n_heads``.
+    checkpoint. ``config``: a :class:`GPTConfig`, the book's dict, a name in ``CONFIGS`` or a JSON file; needed where
+    the checkpoint does not say ``n_heads``. A ``GPTConfig`` without ``exact_gelu`` says nothing of GELU.
 
     A head with a bias is that of chapter 6's classifier: ``model.out_head.out_features`` classes. A head equal to the
     embedding shares its memory. The float32 weights of a ``.pth`` stay mapped: while the model lives, replace the file

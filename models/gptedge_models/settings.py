@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def given_settings(config: GPTConfig | Mapping[str, Any] | str | Path | None) ->
     if config is None:
         return {}
     if isinstance(config, GPTConfig):
-        return asdict(config)
+        return config.to_dict()
     if isinstance(config, Mapping):
         return dict(config)
     if config in CONFIGS:
