@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert len(result.stderr.rstrip("\n")) <= 300
     assert cause in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
+    code = "import gptedge_export, os, sys; print('onnxruntime' in sys.modules, os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False 1\n", "")
