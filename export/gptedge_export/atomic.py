@@ -64,7 +64,7 @@ def _listed(target: Path) -> set[str] | None:
     """Return the names of a bundle's files by its manifest; None where it has none."""
     try:
         manifest = json.loads((target / "manifest.json").read_bytes())
-        return {"manifest.json", *(file["path"] for file in manifest["files"])}
+        return {"manifest.json", *(file["path"] for file in manifest["files"] if manifest["format_version"])}
     except (OSError, ValueError, RecursionError, TypeError, LookupError):
         return None
 
@@ -73,7 +73,7 @@ def _check_others(target: Path) -> None:
     """Refuse to replace, and so to remove, what is no file of a bundle."""
     listed = _listed(target) or set()
     for path in target.rglob("*"):
-        if not path.is_dir() and (name := path.relative_to(target).as_posix()) not in listed:
+        if (path.is_symlink() or not path.is_dir()) and (name := path.relative_to(target).as_posix()) not in listed:
             raise ExportError(f"{target} holds {name}, which is no part of its bundle: move it, or choose another -o")
 
 

@@ -23,7 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
 _PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging Face's, OpenAI's
 _LEFT_OUT = ""
-_READ: dict[str, list[Any]] = {  # each setting of a tokenizer.json that changes ids: the values that give ours
+_READ: dict[str, list[Any]] = {  # each setting of a tokenizer.json that changes a text's ids: the values that give ours
     "normalizer": [None],
     "pre_tokenizer.type": ["ByteLevel"],
     "pre_tokenizer.add_prefix_space": [False],

@@ -44,11 +44,14 @@ def read_settings(path: Path) -> Settings:
     return translated(values, path)
 
 
+_HUGGING_FACE = {"model_type", "n_positions", "n_ctx", "activation_function", "layer_norm_epsilon", "initializer_range"}
+
+
 def translated(values: Mapping[str, Any], path: Path) -> Settings:
     """Return settings under the book's names, whoever wrote them. Raises :class:`CheckpointError`."""
     if "n_vocab" in values:
         return translate_hparams(values)
-    if {"model_type", "n_positions", "activation_function"} & values.keys():
+    if _HUGGING_FACE & values.keys():
         return translate_config(values, path)
     if {"block_size", "n_embd"} & values.keys():  # sizes alone, which GPT-2 has under the same names: no word of GELU
         return translate_model_args(values)

@@ -54,9 +54,9 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line.removesuffix(b"\n")
 
 
-def files_beside(path: Path) -> tuple[Path, Path, Path]:
-    """Return what stands beside a file of answers: its job, and for Parquet its rows and the file that becomes it."""
-    return Path(f"{path}.job.json"), Path(f"{path}.rows.jsonl"), Path(f"{path}.tmp")
+def files_beside(path: Path) -> list[Path]:
+    """Return what a run writes beside its answers: the job, and for Parquet the rows and the file that becomes it."""
+    return [Path(f"{path}.{end}") for end in ("job.json", "rows.jsonl", "tmp")[: 3 if is_parquet(path) else 1]]
 
 
 class Target:
@@ -69,8 +69,8 @@ class Target:
 
     def __init__(self, path: Path, job: dict[str, Any]) -> None:
         self._path = path
-        self._job_path, rows_path, self._unfinished = files_beside(path)
-        self._rows_path = rows_path if is_parquet(path) else path
+        self._job_path, *others = files_beside(path)
+        self._rows_path, self._unfinished = others or (path, path)
         if self._rows_path.exists() and not self._rows_path.is_file():  # a device may hold rows without end
             raise InputError(f"{self._rows_path} is no plain file: give another OUT")
         try:
@@ -142,14 +142,12 @@ class Target:
 
     def _compare_job(self, job: dict[str, Any]) -> None:
         """Refuse what was begun as another job, or not by this command; begin anew by writing the job down."""
-        text = json.dumps(job, indent=2)
-        begun = _read_job(self._job_path, text)
-        rows = [self._path, self._rows_path]
-        if not any(file.exists() and file.stat().st_size for file in rows):
-            if begun is None and self._job_path.exists():
+        begun = _read_job(self._job_path)
+        if not any(file.exists() and file.stat().st_size for file in (self._path, self._rows_path)):
+            if begun is None:
                 raise InputError(f"{self._job_path} is no job of this command: give another OUT")
-            return _write_job(self._job_path, text)
-        if begun is None:
+            return _write_job(self._job_path, job)
+        if not begun:
             raise InputError(f"{self._path} holds something, and no {self._job_path} says what: give another OUT")
         for name, value in job.items():
             if begun.get(name) != value:
@@ -181,20 +179,26 @@ def _lock(file: FileIO, path: Path) -> None:
         raise InputError(f"another run writes {path}: wait for its end, or give another OUT") from error
 
 
-def _read_job(path: Path, new: str) -> dict[str, Any] | None:
-    """Return the job in this file, ``{}`` for a beginning of the new one's text; None where it holds no job."""
+def _read_job(path: Path) -> dict[str, Any] | None:
+    """Return the job in this file, empty where there is none or it was cut off; None where something else is there."""
+    begin = '{\n  "bundle_sha256": "'
     try:
-        text = path.read_text("utf-8")
-        begun = {} if new.startswith(text) and text != new else json.loads(text)
-    except (OSError, ValueError, RecursionError):
-        return None
-    return begun if isinstance(begun, dict) and (not begun or "bundle_sha256" in begun) else None
+        text = path.read_text("utf-8", "replace")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): make it possible, or give another OUT") from error
+    try:
+        job = json.loads(text)
+    except (ValueError, RecursionError):
+        return {} if text.startswith(begin) or begin.startswith(text) else None
+    return job if isinstance(job, dict) and "bundle_sha256" in job else None
 
 
-def _write_job(path: Path, text: str) -> None:
+def _write_job(path: Path, job: dict[str, Any]) -> None:
     try:
         with path.open("w", encoding="utf-8") as file:
-            file.write(text)
+            json.dump(job, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -39,6 +39,8 @@ def parquet_lines(path: Path) -> Iterator[bytes]:
             for row in batch.to_pylist():
                 values = {name: value for name, value in row.items() if value is not None}
                 yield json.dumps(values, ensure_ascii=False, default=lambda value: [type(value).__name__]).encode()
+    except MemoryError:
+        raise
     except (import_pyarrow().ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"cannot read a row of {path} ({type(error).__name__}): mend the file") from error
 

@@ -259,6 +259,7 @@ def check_plot(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"cannot plot into {path}: there is no folder {path.parent}: make it")
     try:
+        path = path.resolve()  # a link stays
         is_new = not path.exists()
         path.open("ab").close()
         if is_new:
@@ -287,7 +288,6 @@ def write_plot(done: Bench, path: Path) -> None:
         figure.savefig(image, format=path.suffix[1:])
         path.write_bytes(image.getvalue())
     except OSError as error:
-        path.unlink(missing_ok=True)  # half of it
         raise _cannot_plot(path, error) from error
 
 
@@ -302,5 +302,5 @@ def _import_figure() -> Any:
     except ImportError as error:
         raise InputError('a plot needs matplotlib, which is not installed: pip install "gptedge[bench]"') from error
     except ValueError as error:
-        raise InputError(f"a plot needs matplotlib, which does not load: {error}") from error
+        raise InputError(f"matplotlib does not load, {str(error)[:100]}: correct MPLBACKEND") from error
     return Figure

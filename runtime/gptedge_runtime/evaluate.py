@@ -9,6 +9,7 @@ from tqdm import tqdm
 from .errors import InputError, not_finite
 from .gpt import GPT
 from .inputs import read_count
+from .limits import TimeLimit
 
 _ROWS = 64  # of logits at a time, in float64
 
@@ -29,7 +30,7 @@ def evaluate(gpt: GPT, text: str, *, stride: int | None = None, progress: bool =
 
     The window is the context length. It moves on by ``stride`` tokens, by default half of it, and each time the tokens
     are scored that no window before it scored: but for the beginning of the text, each sees at least
-    ``window - stride`` tokens before it. Raises :class:`InputError`.
+    ``window - stride`` tokens before it. Raises :class:`InputError`, and ``TimeLimitError`` where that limit is over.
     """
     ids = gpt.tokenizer.encode(text)
     window = gpt.config.context_length
@@ -38,9 +39,10 @@ def evaluate(gpt: GPT, text: str, *, stride: int | None = None, progress: bool =
         raise InputError(f"stride is {stride:,}, the context only {window:,}: tokens between would not be scored")
     if len(ids) < 2:
         raise InputError(f"the text has {len(ids)} tokens: give at least 2, the first is only read")
-    nats, scored = 0.0, 0
+    nats, scored, limit = 0.0, 0, TimeLimit(gpt.timeout_s)
     with tqdm(total=len(ids) - 1, desc="eval", unit=" tokens", disable=not progress, leave=False) as bar:
         for begin in range(0, len(ids) - 1, stride):
+            limit()
             end = min(begin + window, len(ids) - 1)
             logits = gpt.logits(ids[begin:end])[0]  # (T, V); the logits of one token predict the next
             nats += _nats(logits[scored - begin :], np.array(ids[scored + 1 : end + 1]))

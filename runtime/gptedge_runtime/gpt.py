@@ -33,7 +33,8 @@ def load(
     ``provider`` is ``cpu``, ``cuda``, or ``auto``: ``cuda`` where that works, else ``cpu``. ``threads`` defaults to the
     CPUs this process may use, and is at most that. ``timeout_s``, for a bundle that you do not trust, ends each call
     that computes for longer, also where its graph never ends, with ``TimeLimitError``. ``progress`` shows a bar on
-    stderr while a large bundle is checked. A forked process opens the bundle itself: onnxruntime's threads stay behind.
+    stderr while a large bundle is checked. Close it before a fork, or spawn: onnxruntime's threads do not come
+    along, and a process that inherits an open bundle may hang.
     Raises ``BundleNotFoundError``, ``BundleError``, ``ProviderError``, ``OutOfMemoryError`` or ``InputError``.
     """
     device, n_threads = choose_provider(provider), count_threads(threads)
@@ -49,12 +50,13 @@ class GPT:
     """Made by :func:`load`; close it, or use it in a ``with`` statement.
 
     ``config`` holds the sizes, ``provider`` the device in use, ``why_not_cuda`` why ``auto`` left a GPU aside,
-    ``tokenizer`` has ``encode`` and ``decode``.
+    ``timeout_s`` the limit of each call, and ``tokenizer`` has ``encode`` and ``decode``.
     """
 
     def __init__(self, tokenizer: Tokenizer, session: Session, prompt_template: str | None = None) -> None:
         self.config: ModelConfig = session.model
         self.provider, self.why_not_cuda = session.provider, session.why_not_cuda
+        self.timeout_s = session.timeout_s
         self.tokenizer = tokenizer
         self._prompt_template = prompt_template
         self._open_session: Session | None = session

@@ -98,7 +98,11 @@ class TextStream(Iterator[str]):
     def _read_step(self, steps: Iterator[dict[int, int]]) -> str:
         """Return the text that the next id completes; the time that the reader takes for itself does not count."""
         started = time.perf_counter()
-        step = next(steps, None)
+        try:
+            step = next(steps, None)
+        except BaseException:
+            self._steps = None  # nothing more comes, nor a reason
+            raise
         elapsed_ms = 1000 * (time.perf_counter() - started)
         if step is None:
             return self._end()

@@ -65,7 +65,8 @@ def verify(
 
     Kernels that round their inputs hide small changes of the weights: so each graph of an int8 or int4 bundle computes
     without them and is held against narrow bounds, and ``decode`` with them once more, against a wide one, as is what
-    it gives behind ``prefill``. A bf16 bundle's graph for CUDA needs a GPU, and is skipped where there is none.
+    it gives behind ``prefill``. ``timeout_s`` is for each of these runs. A bf16 bundle's graph for CUDA needs a GPU,
+    and is skipped where there is none.
     Raises ``BundleError`` for a damaged bundle and ``VerificationError`` where an answer is not the stored one.
     """
     check_timeout(timeout_s)

@@ -83,7 +83,8 @@ def write_site(files: Site, output: str) -> None:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, folder / name)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             raise
     except OSError as error:
         place = error.filename2 or error.filename

@@ -21,9 +21,12 @@ def files(folder: Path) -> dict[str, bytes]:
 def exported_again(
     tiny_model: GPTModel, tiny_bundle: Path, byte_vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Over a copy of the first export, in which lies one file more."""
+    """Over a copy of the first export, which has one file more."""
     bundle = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("again") / "bundle")
     (bundle / "extra").write_text("from an older export")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"].append({"path": "extra"})
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
     export_bundle(tiny_model, bundle, vocabulary=byte_vocabulary, force=True)
     return bundle
 

@@ -156,5 +156,13 @@ def test_a_stream_that_is_dropped_gives_its_cache_back_at_once(tiny: GPT) -> Non
 def test_a_stream_that_has_ended_holds_no_cache(tiny: GPT) -> None:
     stream = tiny.stream("hello", max_new_tokens=9, stop=tiny.generate("hello", max_new_tokens=2)[-1])
     steps = weakref.ref(stream._steps)
-    assert list(stream)[0:0] == []
+    list(stream)
     assert (stream.finish_reason, steps()) == ("stop", None)
+
+
+def test_behind_an_error_a_stream_gives_neither_text_nor_reason(tiny: GPT) -> None:
+    asked = iter([False] * 5)
+    stream = tiny.stream("hello", max_new_tokens=9, should_stop=lambda: next(asked))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        list(stream)
+    assert (list(stream), stream.finish_reason) == ([], None)

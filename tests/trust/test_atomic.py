@@ -93,7 +93,7 @@ def put(target: Path, text: str, *, replace: bool = True, before: Callable[[int]
 
 
 def manifest(text: str) -> str:
-    return json.dumps({"text": text, "files": [{"path": name} for name in FILES[1:]]})
+    return json.dumps({"text": text, "format_version": 1, "files": [{"path": name} for name in FILES[1:]]})
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -300,7 +300,7 @@ def test_the_command_killed_over_a_bundle_leaves_the_old_one_or_the_new_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "config.json"]
 
 
-@pytest.mark.parametrize("content", ['{"name": "my web app"}', "[]", "mine", "[" * 10**5])
+@pytest.mark.parametrize("content", ['{"name": "my web app", "files": ["index.html"]}', "[]", "mine", "[" * 10**5])
 def test_a_folder_with_a_manifest_of_other_kind_is_left_as_it_is(tmp_path: Path, content: str) -> None:
     target = tmp_path / "app"
     target.mkdir()

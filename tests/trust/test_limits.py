@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from gptedge_runtime import GptEdgeError, InputError, TimeLimitError, limits, load
+from gptedge_runtime.evaluate import evaluate
 from gptedge_runtime.verify import verify
 from onnx import TensorProto, helper
 
@@ -222,3 +223,10 @@ def test_what_the_reader_of_a_stream_takes_for_itself_does_not_count(bundles: Pa
         for _ in stream:
             time.sleep(0.4)
         assert len(stream.token_ids) == 5
+
+
+def test_a_time_limit_holds_for_all_windows_of_an_evaluation_together(bundles: Path) -> None:
+    with load(bundles / "tiny", timeout_s=600) as gpt:
+        gpt.timeout_s = 1e-3
+        with pytest.raises(TimeLimitError):
+            evaluate(gpt, "hello " * 1000)
