@@ -79,7 +79,13 @@ int main(int argc, char **argv) {
   }
   int64_t *ids = calloc((size_t)length, sizeof *ids), *mask = calloc((size_t)length, sizeof *mask);
   if (ids == NULL || mask == NULL) return 2;
-  for (int64_t i = 0; i < length; i++) ids[i] = to_int64(argv[4 + i]), mask[i] = 1;
+  for (int64_t i = 0; i < length; i++) {
+    ids[i] = to_int64(argv[4 + i]), mask[i] = 1;
+    if (ids[i] < 0) {  // which ONNX counts from the end of the vocabulary
+      fprintf(stderr, "error: token id %s: give 0 or more\n", argv[4 + i]);
+      return 2;
+    }
+  }
 
   setenv("ORT_DISABLE_TELEMETRY", "1", 1);
   OrtEnv *env;
@@ -101,5 +107,9 @@ int main(int argc, char **argv) {
   ort->ReleaseEnv(env);
   free(ids);
   free(mask);
+  if (fflush(stdout) != 0) {
+    fprintf(stderr, "error: standard output cannot be written\n");
+    return 2;
+  }
   return 0;
 }

@@ -1,16 +1,28 @@
-// Continue a text with a bundle: node generate.mjs BUNDLE PROMPT [MAX_NEW_TOKENS] [--one-call]
-import { existsSync, readFileSync } from "node:fs";
+// Continue a text with a bundle: node generate.mjs BUNDLE PROMPT [MAX_NEW_TOKENS [--one-call]]
+import { createHash } from "node:crypto";
+import { createReadStream, existsSync, readFileSync, realpathSync } from "node:fs";
+import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
 import { Tiktoken } from "js-tiktoken/lite";
 
 process.env.ORT_DISABLE_TELEMETRY = "1"; // read when onnxruntime is loaded, so before that
 const { default: ort } = await import("onnxruntime-node");
 
+const NO_TOKEN = Buffer.from("\ufffd"); // for ids of a padded vocabulary
 const int64 = (dims, values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
 
 export function readManifest(bundle) {
   if (!existsSync(`${bundle}/manifest.json`)) throw new Error(`${bundle} holds no manifest.json: give a bundle`);
   return JSON.parse(readFileSync(`${bundle}/manifest.json`, "utf8"));
+}
+
+// Hold the files that are read here against the manifest: a damaged bundle would give other text.
+async function checkFiles(bundle, { files, tokenizer }) {
+  for (const { path, sha256 } of files.filter(({ path }) => path.startsWith("onnx/") || path === tokenizer.path)) {
+    const hash = createHash("sha256");
+    await pipeline(createReadStream(`${bundle}/${path}`), hash);
+    if (hash.digest("hex") !== sha256) throw new Error(`${path} is not the file that was exported: copy it again`);
+  }
 }
 
 export const open = (bundle, graph) => ort.InferenceSession.create(`${bundle}/onnx/${graph}.onnx`);
@@ -21,7 +33,10 @@ export function readTokenizer(bundle, { path, pattern, special_tokens }) {
   const spaces = { "\\s": "\\p{White_Space}", "\\S": "\\P{White_Space}" };
   const pat_str = pattern.replace(/([+*?}])\+/g, "$1").replace(/\\s/gi, (class_) => spaces[class_]);
   const bpe = new Tiktoken({ pat_str, special_tokens, bpe_ranks: `! 0 ${tokens.join(" ")}` });
-  return { encode: (text) => bpe.encode(text, [], []), decode: (ids) => bpe.decode(ids) };
+  const special = new Map(Object.entries(special_tokens).map(([token, id]) => [id, Buffer.from(token)]));
+  const bytes = (id) => (id < tokens.length ? Buffer.from(tokens[id], "base64") : special.get(id) ?? NO_TOKEN);
+  const utf8 = new TextDecoder("utf-8", { ignoreBOM: true }); // which keeps U+FEFF
+  return { encode: (text) => bpe.encode(text, [], []), decode: (ids) => utf8.decode(Buffer.concat(ids.map(bytes))) };
 }
 
 // Yield greedy ids one by one with onnx/model.onnx. Past the context the oldest id falls out and positions start anew.
@@ -40,8 +55,10 @@ export async function* stream(session, { context_length, n_heads, emb_dim, vocab
       ...Object.fromEntries(cache),
     });
     const logits = present.logits.data.subarray(-vocab_size); // of the last position
-    ids.push(logits.reduce((best, logit, id) => (logit > logits[best] ? id : best), 0));
-    yield ids.at(-1);
+    const best = logits.reduce((best, logit, id) => (logit > logits[best] ? id : best), 0);
+    if (!Number.isFinite(logits[best])) throw new Error("the model's logits are not finite: export it again");
+    ids.push(best);
+    yield best;
   }
 }
 
@@ -59,11 +76,13 @@ export async function generate(session, prompts, maxNewTokens, eos) {
   return prompts.map((_, row) => Array.from(output_ids.data.subarray(row * length + width, (row + 1) * length), Number));
 }
 
-async function main(bundle, prompt, maxNewTokens = 40, flag = "") {
-  if (!prompt || !/^\d+$/.test(maxNewTokens) || !["", "--one-call"].includes(flag)) {
-    throw new Error("usage: node generate.mjs BUNDLE PROMPT [MAX_NEW_TOKENS] [--one-call]");
+async function main(bundle, prompt, maxNewTokens = 40, flag = "", ...others) {
+  if (!prompt || !/^\d{1,9}$/.test(maxNewTokens) || !["", "--one-call"].includes(flag) || others.length) {
+    throw new Error("usage: node generate.mjs BUNDLE PROMPT [MAX_NEW_TOKENS [--one-call]]");
   }
   const manifest = readManifest(bundle);
+  if (manifest.classifier) throw new Error(`${bundle} is a classifier: use gptedge classify`);
+  await checkFiles(bundle, manifest);
   const { encode, decode } = readTokenizer(bundle, manifest.tokenizer);
   const eos = manifest.tokenizer.eos_token_id ?? -1;
   if (flag === "--one-call") {
@@ -83,7 +102,11 @@ async function main(bundle, prompt, maxNewTokens = 40, flag = "") {
   console.log(decode(ids).slice(shown));
 }
 
-if (process.argv[1] === fileURLToPath(import.meta.url)) {
+if (process.argv[1] && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+  process.stdout.on("error", ({ code, message }) => {
+    if (code !== "EPIPE") console.error(message);
+    process.exit(code === "EPIPE" ? 0 : 2); // a reader that has seen enough is no error
+  });
   await main(...process.argv.slice(2)).catch(({ message }) => {
     console.error(message.split("\n")[0]);
     process.exitCode = 2;

@@ -6,6 +6,7 @@ the nodes of generate.onnx follow, over the same weights, and each request gets 
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -83,12 +84,14 @@ def around(model: onnx.ModelProto, eos_token_id: int) -> None:
 
 def main(bundle: Path, repository: Path, name: str = "gptedge") -> None:
     """Write REPOSITORY/NAME: config.pbtxt, and as version 1 the graph and its weights."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{name!r} is no name of a model: give letters, digits, '.', '_' and '-'")
     eos_token_id = json.loads((bundle / "manifest.json").read_text("utf-8"))["tokenizer"]["eos_token_id"]
+    model = onnx.load(bundle / "onnx/generate.onnx", load_external_data=False)
+    around(model, -1 if eos_token_id is None else eos_token_id)
     version = repository / name / "1"
     version.mkdir(parents=True)
     shutil.copyfile(bundle / "onnx/model.onnx_data", version / "model.onnx_data")
-    model = onnx.load(bundle / "onnx/generate.onnx", load_external_data=False)
-    around(model, -1 if eos_token_id is None else eos_token_id)
     onnx.save(model, version / "model.onnx")
     (repository / name / "config.pbtxt").write_text(CONFIG.format(name=name))
 
@@ -96,4 +99,7 @@ def main(bundle: Path, repository: Path, name: str = "gptedge") -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit("usage: make_repository.py BUNDLE REPOSITORY [NAME]")
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
