@@ -159,6 +159,7 @@ def test_a_name_that_would_be_a_formula_is_drawn_as_it_is(bundles: Path, tmp_pat
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     (tmp_path / "speed.svg").mkdir()
     with pytest.raises(InputError, match=r"cannot plot into .*speed\.svg"):
         check_plot(tmp_path / "speed.svg")
