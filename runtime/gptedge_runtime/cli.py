@@ -22,11 +22,9 @@ from .generate import Sampling
 from .gpt import DEFAULT_NEW_TOKENS, GPT, load
 from .provider import offers_cuda, why_not_cuda
 from .stream import TextStream
+from .texts import read_prompt, read_text
 from .verify import verify
 from .web import Server, site, write_site
-
-PROMPT_MAX_BYTES = 1 << 24
-"""Far above any context: where a text has no break, tiktoken takes 32 bytes for each, and no error ends that."""
 
 _threads = click.option("--threads", type=int, help="At most the CPUs this process may use, which is the default.")
 _timeout_s = click.option(
@@ -98,7 +96,7 @@ def generate_command(
     One newline at the end of a file or of standard input is not part of the prompt, nor is a byte order mark.
     On a terminal, control characters in the text are shown as \\x1b and the like.
     """
-    text = _read_prompt(prompt, file)
+    text = read_prompt(prompt, file)
     sampling = _sampling(temperature, top_k, top_p, seed)
     progress = sys.stderr.isatty()
     with load(bundle, provider=provider, threads=threads, timeout_s=timeout_s, progress=progress) as gpt:
@@ -188,7 +186,7 @@ def classify_command(
     bundle: str, text: str | None, file: str | None, threads: int | None, timeout_s: float | None, as_json: bool
 ) -> None:
     """Print the class of TEXT, or of standard input where TEXT is missing or "-", by a classifier's BUNDLE."""
-    content = _read_prompt(text, file)
+    content = read_prompt(text, file)
     classifier = load_classifier(bundle, threads=threads, timeout_s=timeout_s, progress=sys.stderr.isatty())
     answer = classifier.classify(content)
     write((json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.label) + "\n")
@@ -208,7 +206,7 @@ def eval_command(
 
     The window is the model's context. A smaller --stride gives each token more context, and takes longer.
     """
-    text = _decode(_read_file(text_file), text_file)
+    text = read_text(text_file)
     with load(bundle, threads=threads, timeout_s=timeout_s) as gpt:
         done = evaluate(gpt, text, stride=stride, progress=sys.stderr.isatty())
     if as_json:
@@ -306,55 +304,11 @@ def _tell_device(gpt: GPT) -> None:
         say(f"note: runs on {gpt.provider}{note}")
 
 
-def _read_prompt(prompt: str | None, file: str | None) -> str:
-    if file is not None and prompt is not None:
-        raise InputError("a PROMPT and --file are given: give one of them")
-    if file is not None:
-        return _to_prompt(_read_file(file, PROMPT_MAX_BYTES + 1), file)
-    if prompt is None or prompt == "-":
-        return _to_prompt(_read_stdin(), "standard input")
-    return prompt
-
-
-def _to_prompt(data: bytes, name: str) -> str:
-    if len(data) > PROMPT_MAX_BYTES:
-        raise InputError(f"{name} has more than {PROMPT_MAX_BYTES:,} bytes, which no model reads: shorten it")
-    return _without_last_newline(_decode(data, name))
-
-
-def _read_file(file: str, max_bytes: int = -1) -> bytes:
-    try:
-        with Path(file).open("rb") as opened:
-            return opened.read(max_bytes)
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}: check the path") from error
-
-
-def _read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise InputError("standard input is closed: give a PROMPT or --file")
-    try:
-        return sys.stdin.buffer.read(PROMPT_MAX_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"cannot read standard input ({error.strerror}): give a PROMPT or --file") from error
-
-
 def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} is {text[:40]!r}: give whole numbers with commas between, such as 1,2,4") from error
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
-
-
-def _without_last_newline(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling | None:

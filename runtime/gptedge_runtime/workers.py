@@ -71,7 +71,11 @@ class Worker:
         _of(os.getpid()).all.append(self)
 
     def start(self, run: Callable[[], T]) -> Call[T]:
-        """Run this behind what was started before."""
+        """Run this behind what was started before. Raises :class:`InputError` where Python is ending."""
+        if _of(os.getpid()).have_ended:
+            while is_cut_off():
+                time.sleep(1)  # until it is
+            raise InputError("Python is ending, and runs no bundle any more: use it before")
         call = Call(run)
         self._calls.put(call)
         return call
@@ -144,10 +148,6 @@ def run_in(worker: Worker, run: Callable[[], T], options: Any, should_stop: Shou
     it raises itself. A Ctrl-C while the run is handed over, or a second one, does not wait for that end: ``run`` must
     hold all that it reads and writes.
     """
-    if _of(os.getpid()).have_ended:
-        while is_cut_off():
-            time.sleep(1)  # until it is
-        raise InputError("Python is ending, and runs no bundle any more: use it before")
     call = None
     try:
         call = worker.start(run)
